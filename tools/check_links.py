@@ -1,7 +1,7 @@
 # Copyright: dm_remap.storage contributors
 # GNU General Public License v3.0+ (see LICENSES/GPL-3.0-or-later.txt or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""Check that every relative link in the Markdown files leads to a file and, where named, a heading."""
+"""Check that every relative link in the Markdown files leads to a file and its heading."""
 
 from __future__ import annotations
 
@@ -13,7 +13,9 @@ from lay_out_collection import ROOT, source_files
 
 FENCE = re.compile(r"^(```|~~~).*?^\1", re.MULTILINE | re.DOTALL)
 CODE = re.compile(r"`[^`\n]*`")
-LINK = re.compile(r"\[[^\]]*\]\(<?([^)\s>]+)>?(?:\s+\"[^\"]*\")?\)|^\[[^\]]+\]:\s+(\S+)", re.MULTILINE)
+LINK = re.compile(
+    r"\[[^\]]*\]\(<?([^)\s>]+)>?(?:\s+\"[^\"]*\")?\)|^\[[^\]]+\]:\s+(\S+)", re.MULTILINE
+)
 HEADING = re.compile(r"^#{1,6}\s+(.*?)\s*#*$", re.MULTILINE)
 
 
@@ -39,7 +41,7 @@ def broken_links(page: Path) -> list[str]:
         link = match.group(1) or match.group(2)
         if re.match(r"[a-z][a-z0-9+.-]*:", link):
             continue
-        name, _, anchor = link.partition("#")
+        name, _hash, anchor = link.partition("#")
         target = (page.parent / name).resolve() if name else page
         where = f"{page.relative_to(ROOT)}: {link}"
         if not target.is_relative_to(ROOT) or not target.exists():

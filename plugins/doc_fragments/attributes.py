@@ -11,7 +11,8 @@ class ModuleDocFragment:
 options: {}
 attributes:
   action_group:
-    description: Use C(group/dm_remap.storage.storage) in C(module_defaults) to set defaults for this module.
+    description:
+      - Use C(group/dm_remap.storage.storage) in C(module_defaults) to set defaults for this module.
     support: full
     membership:
       - dm_remap.storage.storage

@@ -1,0 +1,78 @@
+# Copyright: dm_remap.storage contributors
+# GNU General Public License v3.0+ (see LICENSES/GPL-3.0-or-later.txt or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""Run the lint gates, all of them even when one fails, and print which ones did.
+
+Usage: tools/lint.py [GATE...]
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import results
+from lay_out_collection import BUILD, COPY, ROOT
+
+CORE = "blockdev copies devmapper engine errors extents format mapping planner pool salvage".split()
+GATE_SECONDS = 300
+
+
+@dataclass(frozen=True)
+class Gate:
+    """A command that must succeed, and where it runs."""
+
+    name: str
+    command: list[str]
+    cwd: Path = ROOT
+
+
+def gates() -> list[Gate]:
+    """Return the lint gates in the order in which they run."""
+    python = sys.executable
+    core = [f"plugins/module_utils/{name}.py" for name in CORE]
+    present = [path for path in core if (ROOT / path).exists()]
+    return [
+        Gate("ruff check", ["ruff", "check", "."]),
+        Gate("ruff format", ["ruff", "format", "--check", "."]),
+        Gate("mypy core", ["mypy", *present]),
+        Gate("yamllint", ["yamllint", "--strict", "."]),
+        Gate("links", [python, "tools/check_links.py"]),
+        Gate("dependencies", [python, "tools/check_dependencies.py"]),
+        Gate("reuse", ["reuse", "lint", "--lines"]),
+        Gate("changelog", ["antsibull-changelog", "lint"], COPY),
+        Gate(
+            "plugin docs",
+            ["antsibull-docs", "lint-collection-docs", "--plugin-docs", "--skip-rstcheck", "."],
+            COPY,
+        ),
+        Gate("ansible-lint", ["ansible-lint", "--nocolor"], COPY),
+        Gate(
+            "artifact",
+            ["ansible-galaxy", "collection", "build", "--force", "--output-path", str(BUILD), "."],
+            COPY,
+        ),
+    ]
+
+
+def main(names: list[str]) -> int:
+    """Run the named gates, or all."""
+    outcomes = {}
+    for gate in gates():
+        if names and gate.name not in names:
+            continue
+        outcome = results.run(gate.command, GATE_SECONDS, gate.cwd)
+        outcomes[gate.name] = outcome
+        print(f"{'ok' if outcome.passed else 'FAILED':6} {outcome.seconds:5.1f} s  {gate.name}")
+        if not outcome.passed:
+            print(outcome.output, flush=True)
+    path = BUILD / "results" / "lint.xml"
+    results.write(path, "lint", outcomes)
+    print(results.read(path))
+    return 0 if all(outcome.passed for outcome in outcomes.values()) else 1
+
+
+if __name__ == "__main__":
+    results.stop_on_signals()
+    sys.exit(main(sys.argv[1:]))

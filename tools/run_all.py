@@ -1,0 +1,98 @@
+# Copyright: dm_remap.storage contributors
+# GNU General Public License v3.0+ (see LICENSES/GPL-3.0-or-later.txt or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""Run every part of the tests, also when one fails, and add up what passed and failed.
+
+Two lanes run side by side: one needs a virtual machine, the other only a processor.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+import sys
+import threading
+import time
+from dataclasses import dataclass
+
+import results
+from lay_out_collection import BUILD, ROOT
+
+
+@dataclass(frozen=True)
+class Part:
+    """A target of the Makefile with the longest time that it may take."""
+
+    target: str
+    seconds: int
+
+
+LANES = (
+    (Part("lint", 300), Part("test-unit", 600), Part("sanity", 900)),
+    (Part("test-loop", 600), Part("test-vm", 1500), Part("test-molecule", 900)),
+)
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What a part did."""
+
+    target: str
+    outcome: results.Outcome
+    counts: results.Counts
+
+
+def run_part(part: Part) -> Summary:
+    """Run one part and read its results; a part that fails without any counts as one failure."""
+    report = BUILD / "results" / f"{part.target}.xml"
+    report.unlink(missing_ok=True)
+    command = ["make", "--no-print-directory", part.target]
+    outcome = results.run(command, part.seconds, ROOT, prefix=f"{part.target:13} | ")
+    (BUILD / "results" / f"{part.target}.log").write_text(outcome.output)
+    counts = results.read(report)
+    if not outcome.passed and counts.failed == 0:
+        counts += results.Counts(failed=1)
+    return Summary(part.target, outcome, counts)
+
+
+def main() -> int:
+    """Run all lanes, print a table and the sum; 1 when anything failed."""
+    results.stop_on_signals()
+    started = time.monotonic()
+    shutil.rmtree(BUILD / "results", ignore_errors=True)
+    (BUILD / "results").mkdir(parents=True)
+    summaries: list[Summary] = []
+
+    def run_lane(lane: tuple[Part, ...]) -> None:
+        with contextlib.suppress(InterruptedError):
+            for part in lane:
+                summaries.append(run_part(part))
+
+    threads = [threading.Thread(target=run_lane, args=(lane,)) for lane in LANES]
+    for thread in threads:
+        thread.start()
+    try:
+        for thread in threads:
+            thread.join()
+    except KeyboardInterrupt:
+        results.RUNNING.stop()
+
+    total = results.Counts()
+    print()
+    for summary in summaries:
+        total += summary.counts
+        verdict = "ok" if summary.outcome.passed else "FAILED"
+        print(
+            f"{verdict:6}  {summary.target:13} {summary.outcome.seconds:6.0f} s  {summary.counts}"
+        )
+    failed = [summary.target for summary in summaries if not summary.outcome.passed]
+    if failed:
+        print(f"Failed: {', '.join(failed)}; their output is in .build/results/")
+    print(f"Took {time.monotonic() - started:.0f} s")
+    print(total)
+    expected = sum(len(lane) for lane in LANES)
+    return 0 if len(summaries) == expected and not failed and not total.failed else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
