@@ -57,7 +57,7 @@ test-vm: packages-rulebook packages-lab collection
 	@$(PYTEST) tests/vm -m 'not soak' $(ARGS)
 
 test-molecule: packages-lab collection
-	@$(ENVIRONMENT) python tools/molecule.py
+	@$(ENVIRONMENT) python tools/run_molecule.py
 
 demo: packages-rulebook packages-lab collection
 	@$(ENVIRONMENT) python -m demo $(ARGS)
