@@ -1,0 +1,378 @@
+# Copyright: dm_remap.storage contributors
+# GNU General Public License v3.0+ (see LICENSES/GPL-3.0-or-later.txt or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""Block devices: who they are, who uses them, and uncached reads, writes and flushes."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import json
+import mmap
+import os
+import stat
+import struct
+import subprocess
+from dataclasses import dataclass
+
+from .errors import DmRemapError
+
+SECTOR_BYTES = 512
+
+# linux/fs.h
+_BLKGETSIZE64 = 0x80081272
+_BLKSSZGET = 0x1268
+_BLKPBSZGET = 0x127B
+
+_BUFFER_BYTES = 1 << 20
+
+# The out-of-tree kernel target dm-remap-v4 starts each copy with this little-endian word.
+_KERNEL_TARGET_MAGIC = b"4RMD"
+OWN_MAGIC = b"DMREMAP4"
+
+
+@dataclass(frozen=True)
+class Use:
+    """One use of a device: ``part`` (it or a partition or disk of it) is ``kind`` ``by``."""
+
+    part: str
+    kind: str
+    by: str
+
+    def __str__(self) -> str:
+        return f"{self.part} is {self.kind} {self.by}"
+
+
+@dataclass(frozen=True)
+class DeviceInfo:
+    """What the kernel and udev know of one block device.
+
+    Sizes are in sectors of 512 bytes, block sizes in bytes. ``disk`` is the device number of the
+    whole disk, which is the device's own unless it is a partition; ``start`` is the partition's
+    first sector on it.
+    """
+
+    path: str
+    devno: str
+    sectors: int
+    logical_block: int
+    physical_block: int
+    disk: str
+    start: int
+    serial: str
+    wwn: str
+    model: str
+    read_only: bool
+    used_by: tuple[Use, ...]
+
+    @property
+    def block_sectors(self) -> int:
+        """Sectors in a logical block."""
+        return self.logical_block // SECTOR_BYTES
+
+
+class BlockDevice:
+    """An open block device, read and written past the page cache.
+
+    Args:
+        path: the device's node.
+        writable: open for writing too.
+
+    Raises:
+        DmRemapError: the device cannot be opened.
+    """
+
+    def __init__(self, path: str, writable: bool = False) -> None:
+        self.name = path
+        mode = os.O_RDWR if writable else os.O_RDONLY
+        try:
+            self._fd = os.open(path, mode | os.O_DIRECT | os.O_CLOEXEC)
+        except OSError as error:
+            raise DmRemapError(
+                f"cannot be opened: {os.strerror(error.errno or 0)}",
+                device=path,
+                remedy="check the path and that you are root",
+            ) from error
+        self.sectors = _ioctl_number(self._fd, _BLKGETSIZE64, 8) // SECTOR_BYTES
+        self.logical_block = _ioctl_number(self._fd, _BLKSSZGET, 4)
+        # O_DIRECT wants memory aligned to the block size, which anonymous maps are.
+        self._buffer = mmap.mmap(-1, _BUFFER_BYTES)
+
+    def read(self, sector: int, count: int) -> bytes:
+        """Read ``count`` sectors from ``sector`` on, both multiples of the logical block.
+
+        Raises:
+            OSError: the device's own error; ENXIO past the end or where the device is gone.
+        """
+        parts = []
+        for offset, size in self._pieces(sector, count * SECTOR_BYTES):
+            with memoryview(self._buffer) as view, view[:size] as window:
+                got = os.preadv(self._fd, [window], offset)
+            if got != size:
+                # A removed disk reads as if it ended early: that is no bad sector.
+                raise OSError(errno.ENXIO, f"ends early: {got} of {size} bytes", self.name)
+            parts.append(self._buffer[:size])
+        return b"".join(parts)
+
+    def write(self, sector: int, data: bytes) -> None:
+        """Write ``data`` at ``sector``; durable only after `flush`.
+
+        Raises:
+            OSError: the device's own error.
+        """
+        position = 0
+        for offset, size in self._pieces(sector, len(data)):
+            self._buffer[:size] = data[position : position + size]
+            with memoryview(self._buffer) as view, view[:size] as window:
+                put = os.pwritev(self._fd, [window], offset)
+            if put != size:
+                raise OSError(errno.EIO, f"short write: {put} of {size} bytes", self.name)
+            position += size
+
+    def flush(self) -> None:
+        """Make all acknowledged writes durable.
+
+        Raises:
+            OSError: the device could not flush.
+        """
+        os.fsync(self._fd)
+
+    def close(self) -> None:
+        """Close the device; a second call does nothing."""
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+            self._buffer.close()
+
+    def __enter__(self) -> BlockDevice:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.close()
+
+    def _pieces(self, sector: int, size: int) -> list[tuple[int, int]]:
+        if size % self.logical_block or sector * SECTOR_BYTES % self.logical_block:
+            raise ValueError(
+                f"{self.name}: {size} bytes at sector {sector} are not whole blocks of "
+                f"{self.logical_block} bytes"
+            )
+        begin = sector * SECTOR_BYTES
+        return [
+            (begin + done, min(_BUFFER_BYTES, size - done))
+            for done in range(0, size, _BUFFER_BYTES)
+        ]
+
+
+def _ioctl_number(fd: int, request: int, size: int) -> int:
+    raw = fcntl.ioctl(fd, request, bytes(size))
+    return int(struct.unpack("Q" if size == 8 else "I", raw)[0])
+
+
+def describe(path: str) -> DeviceInfo:
+    """Describe the block device at ``path`` (a node or a link to one).
+
+    Raises:
+        DmRemapError: there is no such device or it is not a block device.
+    """
+    try:
+        status = os.stat(path)
+    except OSError as error:
+        raise DmRemapError(
+            f"no such device: {os.strerror(error.errno or 0)}",
+            device=path,
+            remedy="name an existing block device",
+        ) from error
+    if not stat.S_ISBLK(status.st_mode):
+        raise DmRemapError("is not a block device", device=path, remedy="name a block device")
+    devno = f"{os.major(status.st_rdev)}:{os.minor(status.st_rdev)}"
+    with BlockDevice(path) as device:
+        sectors, logical_block = device.sectors, device.logical_block
+        physical_block = _ioctl_number(device._fd, _BLKPBSZGET, 4)
+    folder = _sysfs(devno)
+    whole = os.path.dirname(folder) if _is_partition(folder) else folder
+    database = _udev_database(devno)
+    return DeviceInfo(
+        path=path,
+        devno=devno,
+        sectors=sectors,
+        logical_block=logical_block,
+        physical_block=physical_block,
+        disk=_read(whole, "dev") or devno,
+        start=int(_read(folder, "start") or 0),
+        serial=database.get("ID_SERIAL_SHORT")
+        or database.get("ID_SERIAL")
+        or _read(whole, "serial"),
+        wwn=database.get("ID_WWN", ""),
+        model=database.get("ID_MODEL", ""),
+        read_only=_read(folder, "ro") == "1",
+        used_by=tuple(_users(folder, whole) or _exclusive_user(path)),
+    )
+
+
+def node_of(devno: str) -> str:
+    """The kernel's node for a device number ``major:minor``.
+
+    Raises:
+        DmRemapError: no device has that number.
+    """
+    for line in _read(_sysfs(devno), "uevent").splitlines():
+        if line.startswith("DEVNAME="):
+            return "/dev/" + line.partition("=")[2]
+    raise DmRemapError("no such device", device=devno, remedy="check that it is still attached")
+
+
+def signatures(path: str) -> list[str]:
+    """Names of what is found on the device: filesystems, partition tables, LVM, md, spares.
+
+    Raises:
+        DmRemapError: the device could not be examined.
+    """
+    found = []
+    with BlockDevice(path) as device:
+        try:
+            start = device.read(0, max(8, device.logical_block // SECTOR_BYTES))
+        except OSError as error:
+            raise DmRemapError(
+                f"its first sectors cannot be read: {os.strerror(error.errno or 0)}",
+                device=path,
+                remedy="use another device",
+            ) from error
+    if start.startswith(OWN_MAGIC):
+        found.append("dm_remap.storage spare")
+    if start.startswith(_KERNEL_TARGET_MAGIC):
+        found.append("kernel dm-remap-v4 spare")
+    result = subprocess.run(
+        ["wipefs", "--json", "--", path],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={"LC_ALL": "C", "PATH": "/usr/sbin:/usr/bin:/sbin:/bin"},
+    )
+    if result.returncode != 0:
+        raise DmRemapError(
+            f"cannot be examined for signatures: {result.stderr.strip()}",
+            device=path,
+            remedy="check that wipefs (util-linux) works on it",
+        )
+    listing = json.loads(result.stdout or "{}")
+    return found + [entry["type"] for entry in listing.get("signatures", [])]
+
+
+def erase_signatures(path: str) -> None:
+    """Erase the signatures that `signatures` finds, with wipefs.
+
+    Raises:
+        DmRemapError: wipefs failed.
+    """
+    result = subprocess.run(
+        ["wipefs", "--all", "--", path],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={"LC_ALL": "C", "PATH": "/usr/sbin:/usr/bin:/sbin:/bin"},
+    )
+    if result.returncode != 0:
+        raise DmRemapError(
+            f"its signatures cannot be erased: {result.stderr.strip()}",
+            device=path,
+            remedy="check that nothing uses it",
+        )
+    with BlockDevice(path, writable=True) as device:
+        # wipefs does not know the kernel target's spares, so its own magic is cleared here.
+        if device.read(0, 8).startswith(_KERNEL_TARGET_MAGIC):
+            for sector in (0, 256, 512, 768, 1024):
+                device.write(sector, bytes(8 * SECTOR_BYTES))
+            device.flush()
+
+
+def _sysfs(devno: str) -> str:
+    return os.path.realpath(f"/sys/dev/block/{devno}")
+
+
+def _is_partition(folder: str) -> bool:
+    return os.path.exists(os.path.join(folder, "partition"))
+
+
+def _read(folder: str, name: str) -> str:
+    try:
+        with open(os.path.join(folder, name), encoding="utf-8", errors="replace") as file:
+            return file.read().strip()
+    except OSError:
+        return ""
+
+
+def _udev_database(devno: str) -> dict[str, str]:
+    # udev keeps its database as text; the properties are the lines that start with "E:".
+    properties = {}
+    try:
+        with open(f"/run/udev/data/b{devno}", encoding="utf-8", errors="replace") as file:
+            for line in file:
+                if line.startswith("E:"):
+                    key, _, value = line[2:].rstrip("\n").partition("=")
+                    properties[key] = value
+    except OSError:
+        pass
+    return properties
+
+
+def _users(folder: str, whole: str) -> list[Use]:
+    """Who uses the device, one of its partitions, or the disk that it is a partition of."""
+    parts = [folder] + [
+        os.path.join(folder, name)
+        for name in _list(folder)
+        if _is_partition(os.path.join(folder, name))
+    ]
+    if whole != folder:
+        parts.append(whole)
+    used = []
+    mounted, swapped = _mounts(), _swaps()
+    for part in parts:
+        name, devno = os.path.basename(part), _read(part, "dev")
+        for point in mounted.get(devno, []):
+            used.append(Use(name, "mounted on", point))
+        if devno in swapped:
+            used.append(Use(name, "in use as", "swap"))
+        for holder in _list(os.path.join(part, "holders")):
+            label = _read(os.path.join(part, "holders", holder, "dm"), "name") or holder
+            used.append(Use(name, "held by", label))
+    return used
+
+
+def _exclusive_user(path: str) -> list[Use]:
+    # Btrfs members and some others show no holder, but the kernel knows that they are claimed.
+    try:
+        os.close(os.open(path, os.O_RDONLY | os.O_EXCL | os.O_CLOEXEC))
+    except OSError as error:
+        if error.errno == errno.EBUSY:
+            return [Use(os.path.basename(path), "claimed by", "the kernel")]
+    return []
+
+
+def _list(folder: str) -> list[str]:
+    try:
+        return sorted(os.listdir(folder))
+    except OSError:
+        return []
+
+
+def _mounts() -> dict[str, list[str]]:
+    # Fields of /proc/self/mountinfo: id, parent, major:minor, root, mount point (proc(5)).
+    found: dict[str, list[str]] = {}
+    with open("/proc/self/mountinfo", encoding="utf-8", errors="replace") as file:
+        for line in file:
+            fields = line.split()
+            found.setdefault(fields[2], []).append(fields[4])
+    return found
+
+
+def _swaps() -> set[str]:
+    found = set()
+    with open("/proc/swaps", encoding="utf-8", errors="replace") as file:
+        for line in file.readlines()[1:]:
+            try:
+                status = os.stat(line.split()[0])
+            except (OSError, IndexError):
+                continue
+            if stat.S_ISBLK(status.st_mode):
+                found.add(f"{os.major(status.st_rdev)}:{os.minor(status.st_rdev)}")
+    return found

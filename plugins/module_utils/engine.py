@@ -1,0 +1,810 @@
+# Copyright: dm_remap.storage contributors
+# GNU General Public License v3.0+ (see LICENSES/GPL-3.0-or-later.txt or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""Observes targets and carries plans out, in an order that a crash cannot hurt."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import fcntl
+import os
+import re
+import subprocess
+import time
+import uuid
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from . import blockdev, copies, extents, mapping, planner
+from .blockdev import SECTOR_BYTES, DeviceInfo
+from .devmapper import DeviceMapper, Segment, check_name
+from .errors import DmRemapError, Refused
+from .format import LostRange, Metadata, geometry_of, pack_slot, spare_uuid_of
+from .planner import (
+    UUID_PREFIX,
+    ActiveSpare,
+    ActiveTarget,
+    Candidate,
+    Plan,
+    Request,
+    Seen,
+    spare_name,
+)
+from .salvage import MEDIUM_ERRORS, Outcome, Patience, Salvage, salvage
+
+LOCK_DIR = "/run/dm-remap"
+BACKUP_DIR = "/var/lib/dm-remap/backup"
+BACKUPS_KEPT = 16
+
+_TARGET_UUID = re.compile(re.escape(UUID_PREFIX) + r"([0-9a-f]{32})\Z")
+_STATS_PROGRAM = "dm_remap"
+_ATTEMPTS = 3
+_MCL_CURRENT, _MCL_FUTURE = 1, 2
+
+
+@dataclass
+class RemappedChunk:
+    """What became of one chunk.
+
+    Sectors are counted in units of 512 bytes; ``lost`` holds first sector and count on the
+    target.
+    """
+
+    chunk: int
+    start: int
+    count: int
+    spare: int
+    spare_chunk: int
+    recovered_first_read: int
+    recovered_on_retry: int
+    lost: list[tuple[int, int]]
+
+
+@dataclass
+class RemapReport:
+    """Result of a remap: the chunks, the generation reached, and durations in seconds.
+
+    ``pause_seconds`` is how long I/O to the chunks and flushes had to wait.
+    """
+
+    generation: int
+    chunks: list[RemappedChunk] = field(default_factory=list)
+    salvage_seconds: float = 0.0
+    pause_seconds: float = 0.0
+    seconds: float = 0.0
+
+    @property
+    def recovered(self) -> int:
+        """Sectors whose data was saved."""
+        return sum(c.recovered_first_read + c.recovered_on_retry for c in self.chunks)
+
+    @property
+    def lost(self) -> list[tuple[int, int]]:
+        """Lost sectors of the target as (first, count)."""
+        return [item for chunk in self.chunks for item in chunk.lost]
+
+
+@dataclass
+class _Work:
+    """A chunk on its way to a spare."""
+
+    extent: Any
+    start: int
+    length: int
+    region: str
+    salvage: Salvage
+
+
+class _Dirty(Exception):
+    """A spare chunk holds old data where a lost sector must read as an error."""
+
+    def __init__(self, places: Sequence[tuple[int, int]]) -> None:
+        super().__init__()
+        self.places = places
+
+
+class Engine:
+    """Observes and changes targets on this host.
+
+    Args:
+        mapper: device-mapper.
+        blocks: block devices (the module `blockdev`, or a stand-in in tests).
+        step: called with a name after each step that a crash could follow.
+        progress: called with a sentence when something long begins.
+        lock_dir: folder of the lock files.
+        backup_dir: folder of the metadata backups.
+    """
+
+    def __init__(
+        self,
+        mapper: Any = None,
+        blocks: Any = blockdev,
+        step: Callable[[str], None] | None = None,
+        progress: Callable[[str], None] | None = None,
+        lock_dir: str = LOCK_DIR,
+        backup_dir: str = BACKUP_DIR,
+    ) -> None:
+        self._mapper = mapper or DeviceMapper()
+        self._blocks = blocks
+        self._step = step or (lambda name: None)
+        self._progress = progress or (lambda text: None)
+        self._lock_dir = lock_dir
+        self._backup_dir = backup_dir
+
+    # Observation
+
+    def check_host(self) -> None:
+        """Check that this process may use device-mapper and that the kernel has what is needed.
+
+        Raises:
+            Refused: not root.
+            MissingKernelFeature: no device-mapper, or no integrity target.
+        """
+        if os.geteuid() != 0:
+            raise Refused("only root can do this", remedy="become root")
+        if "integrity" not in self._mapper.kernel_targets():
+            subprocess.run(["modprobe", "dm-integrity"], capture_output=True, check=False)
+        self._mapper.check_available(("linear", "integrity"))
+
+    @contextlib.contextmanager
+    def locked(self, name: str) -> Iterator[None]:
+        """Hold the lock of target ``name``, waiting for whoever has it."""
+        check_name(name)
+        os.makedirs(self._lock_dir, mode=0o755, exist_ok=True)
+        with open(os.path.join(self._lock_dir, name + ".lock"), "w", encoding="ascii") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            yield
+
+    def target_names(self) -> list[str]:
+        """Names of the active targets."""
+        found = []
+        for name in sorted(self._mapper.names()):
+            info = self._mapper.info(name)
+            if info and info.live_table and _TARGET_UUID.match(info.uuid):
+                found.append(name)
+        return found
+
+    def observe(self, name: str) -> ActiveTarget | None:
+        """The active target ``name`` with its metadata, or None.
+
+        Raises:
+            Refused: the name belongs to another mapped device.
+            DmRemapError: its metadata cannot be read.
+        """
+        check_name(name)
+        device = self._mapper.info(name)
+        if device is None or not device.live_table:
+            return None
+        if not _TARGET_UUID.match(device.uuid):
+            raise Refused(
+                "is a mapped device of something else",
+                device=f"/dev/mapper/{name}",
+                remedy="choose another name",
+            )
+        table = tuple(self._mapper.table(name))
+        spares = self._active_spares(name)
+        frozen = self._mapper.info(_frozen_name(name))
+        if not spares:
+            raise DmRemapError(
+                "is active without any spare",
+                device=f"/dev/mapper/{name}",
+                remedy="attach its spares and assemble it again",
+            )
+        choice = copies.choose({s.candidate.info.path: s.candidate.survey for s in spares})
+        own = {spare.devno for spare in spares} | ({frozen.devno} if frozen else set())
+        mains = [
+            mapping.linear_target(segment)[0]
+            for segment in table
+            if segment.target == "linear" and mapping.linear_target(segment)[0] not in own
+        ]
+        main = self._blocks.describe(self._blocks.node_of(mains[0])) if mains else None
+        return ActiveTarget(device, table, main, spares, choice, frozen)
+
+    def require(self, name: str) -> ActiveTarget:
+        """Like `observe`, but a target that is not active is refused."""
+        target = self.observe(name)
+        if target is None:
+            raise Refused(
+                "there is no active target of that name",
+                device=name,
+                remedy="create or activate it with the target module",
+            )
+        return target
+
+    def see(self, name: str, main: str | None, spares: Sequence[str]) -> Seen:
+        """Observe what a request is about. Devices that do not exist are refused."""
+        target = self.observe(name)
+        return Seen(
+            target=target,
+            remains=() if target else tuple(self._remains(name)),
+            main=self._blocks.describe(main) if main else None,
+            candidates=tuple(self._candidate(path, with_signatures=not target) for path in spares),
+        )
+
+    def _candidate(self, path: str, with_signatures: bool) -> Candidate:
+        info = self._blocks.describe(path)
+        with self._blocks.BlockDevice(path) as device:
+            survey = copies.survey(device)
+        return Candidate(
+            info=info,
+            signatures=tuple(self._blocks.signatures(path)) if with_signatures else (),
+            survey=survey,
+        )
+
+    def _active_spares(self, name: str) -> tuple[ActiveSpare, ...]:
+        found = []
+        for index in range(planner.MAX_SPARES):
+            device = self._mapper.info(spare_name(name, index))
+            if device is None or not device.live_table:
+                continue
+            below = self._mapper.table(_data_name(name, index))
+            path = self._blocks.node_of(mapping.linear_target(below[0])[0])
+            candidate = self._candidate(path, with_signatures=False)
+            found.append(ActiveSpare(index, device.devno, candidate))
+        return tuple(found)
+
+    def _remains(self, name: str) -> list[str]:
+        """Our mapped devices under ``name`` that no live target uses, upper ones first."""
+        candidates = [name, _frozen_name(name)]
+        for index in range(planner.MAX_SPARES):
+            candidates += [
+                spare_name(name, index),
+                _data_name(name, index),
+                _tags_name(name, index),
+            ]
+        found = []
+        for candidate in candidates:
+            device = self._mapper.info(candidate)
+            if device and device.uuid.startswith(UUID_PREFIX):
+                found.append(candidate)
+        return found
+
+    # Targets
+
+    def apply(self, plan: Plan) -> None:
+        """Carry out a plan for a target's presence or absence; the caller holds its lock.
+
+        Raises:
+            DmRemapError: a step failed; what was done so far stays, and a new plan continues.
+        """
+        for action in plan.actions:
+            self._progress(f"{action.kind} {action.device}")
+            getattr(self, f"_do_{action.kind}")(plan, action)
+            self._step(action.kind)
+
+    def _do_remove_remains(self, plan: Plan, action: planner.Action) -> None:
+        if self._mapper.info(action.device).suspended:
+            self._mapper.swap(action.device)
+        self._mapper.remove(action.device)
+
+    def _do_wipe_spare(self, plan: Plan, action: planner.Action) -> None:
+        self._blocks.erase_signatures(action.device)
+        self._wipe_copies(action.device)
+
+    def _do_wipe_metadata(self, plan: Plan, action: planner.Action) -> None:
+        self._wipe_copies(action.device)
+
+    def _wipe_copies(self, path: str) -> None:
+        with self._blocks.BlockDevice(path, writable=True) as device:
+            copies.wipe(device, copies.survey(device))
+
+    def _do_format_spare(self, plan: Plan, action: planner.Action) -> None:
+        # A zeroed superblock makes the kernel format the tags, after which every data sector
+        # reads as an error until it is written.
+        geometry = geometry_of(plan.metadata, _index_of(plan, action.device))
+        with self._blocks.BlockDevice(action.device, writable=True) as device:
+            device.write(geometry.tag_start, bytes(8 * SECTOR_BYTES))
+            device.flush()
+
+    def _do_activate_spare(self, plan: Plan, action: planner.Action) -> None:
+        index = _index_of(plan, action.device)
+        geometry = geometry_of(plan.metadata, index)
+        info = plan.spares[index]
+        name, prefix = plan.name, _dm_uuid(plan.metadata)
+        pieces = (
+            (_tags_name(name, index), "tags", geometry.tag_start, geometry.tag_sectors),
+            (_data_name(name, index), "data", geometry.data_start, geometry.data_sectors),
+        )
+        below = {}
+        for device_name, role, start, length in pieces:
+            segment = Segment(0, length, "linear", f"{info.devno} {start}")
+            self._mapper.create(
+                device_name, f"{prefix}-spare{index}-{role}", [segment], private=True
+            )
+            below[role] = self._mapper.info(device_name).devno
+        block_bytes = plan.metadata.config["block_sectors"] * SECTOR_BYTES
+        options = [
+            f"meta_device:{below['tags']}",
+            "internal_hash:crc32c",
+            f"journal_sectors:{geometry.journal_sectors}",
+            f"block_size:{block_bytes}",
+        ]
+        params = f"{below['data']} 0 - J {len(options)} {' '.join(options)}"
+        self._mapper.create(
+            spare_name(name, index),
+            f"{prefix}-spare{index}",
+            [Segment(0, geometry.data_sectors, "integrity", params)],
+            private=True,
+        )
+
+    def _do_deactivate_spare(self, plan: Plan, action: planner.Action) -> None:
+        index = _index_of(plan, action.device)
+        for name in (
+            spare_name(plan.name, index),
+            _data_name(plan.name, index),
+            _tags_name(plan.name, index),
+        ):
+            self._mapper.remove(name)
+
+    def _do_commit_metadata(self, plan: Plan, action: planner.Action) -> None:
+        draft = replace(plan.metadata, timestamp_ns=time.time_ns(), host_id=host_id())
+        self._commit(plan.spares, None, draft)
+
+    def _do_repair_metadata(self, plan: Plan, action: planner.Action) -> None:
+        surveys = {}
+        for info in plan.spares.values():
+            with self._blocks.BlockDevice(info.path) as device:
+                surveys[info.path] = copies.survey(device)
+        index = _index_of(plan, action.device)
+        spare_uuid = spare_uuid_of(plan.metadata, index)
+        with self._blocks.BlockDevice(action.device, writable=True) as device:
+            copies.repair(device, copies.choose(surveys), spare_uuid)
+
+    def _do_create_target(self, plan: Plan, action: planner.Action) -> None:
+        spares = {
+            index: self._mapper.info(spare_name(plan.name, index)).devno for index in plan.spares
+        }
+        config = plan.metadata.config
+        table = mapping.build_table(
+            config["main"]["sectors"],
+            config["chunk_sectors"],
+            plan.main.devno,
+            plan.metadata.extents,
+            spares,
+        )
+        self._mapper.create(plan.name, _dm_uuid(plan.metadata), table, private=False)
+
+    def _do_remove_target(self, plan: Plan, action: planner.Action) -> None:
+        self._mapper.remove(plan.name)
+
+    def _do_thaw(self, plan: Plan, action: planner.Action) -> None:
+        self._thaw(plan.name)
+
+    # Remapping
+
+    def remap(
+        self,
+        name: str,
+        ranges: Sequence[tuple[int, int]],
+        expected_generation: int | None = None,
+        patience: Patience | None = None,
+    ) -> RemapReport:
+        """Move every chunk that ``ranges`` touch from main to a spare; the caller holds the lock.
+
+        Chunks that are on a spare already are left alone.
+
+        Args:
+            name: the target.
+            ranges: pairs of first sector and count on the target.
+            expected_generation: refuse unless the metadata is at this generation.
+            patience: how hard to try to read failing blocks.
+
+        Raises:
+            Refused: nothing was changed.
+            DmRemapError: a step failed; the target is as its metadata says.
+        """
+        begun = time.monotonic()
+        plan = planner.plan_remap(self.require(name), ranges, expected_generation)
+        upkeep = [a for a in plan.actions if a.kind not in ("remap_chunk", "commit_metadata")]
+        self.apply(replace(plan, actions=tuple(upkeep)))
+        _lock_memory()
+        avoid: list[tuple[int, int]] = []
+        for _attempt in range(_ATTEMPTS):
+            target = self.require(name)
+            plan = planner.plan_remap(target, ranges, avoid=avoid)
+            if not plan.placed:
+                return RemapReport(target.metadata.generation, seconds=time.monotonic() - begun)
+            try:
+                report = self._remap(target, plan, patience)
+            except _Dirty as dirty:
+                avoid += dirty.places
+                continue
+            report.seconds = time.monotonic() - begun
+            return report
+        raise DmRemapError(
+            f"the chunks changed while they were read, {_ATTEMPTS} times over",
+            device=name,
+            remedy="nothing was changed; try again",
+        )
+
+    def _remap(self, target: ActiveTarget, plan: Plan, patience: Patience | None) -> RemapReport:
+        name, metadata = plan.name, target.metadata
+        assert target.main is not None
+        begun = time.monotonic()
+        works: list[_Work] = []
+        self._drop_statistics(name)
+        with contextlib.ExitStack() as stack:
+            stack.callback(self._drop_statistics, name)
+            main = stack.enter_context(self._blocks.BlockDevice(target.main.path))
+            spares = {
+                spare.index: stack.enter_context(
+                    self._blocks.BlockDevice(self._blocks.node_of(spare.devno), writable=True)
+                )
+                for spare in target.spares
+            }
+            for extent in plan.placed:
+                works.append(self._salvage_chunk(metadata, name, extent, main, patience))
+                self._step("salvaged")
+            _check_alive(main, works, target.main)
+            self._write_chunks(works, metadata, spares)
+            self._step("data_flushed")
+            salvage_seconds = time.monotonic() - begun
+
+            paused = time.monotonic()
+            try:
+                self._freeze(target, [work.extent.logical for work in works])
+                self._catch_up(works, metadata, name, main, spares)
+                new = self._next(metadata, works)
+                self._commit(plan.spares, metadata, new)
+                self._step("committed")
+            finally:
+                # Whatever happened, the metadata on the spares says where the chunks are now.
+                self._thaw(name)
+            pause_seconds = time.monotonic() - paused
+            self._verify(name, works, metadata)
+        self._backup(new)
+        return RemapReport(
+            generation=new.generation,
+            chunks=[_report(work) for work in works],
+            salvage_seconds=salvage_seconds,
+            pause_seconds=pause_seconds,
+        )
+
+    def _salvage_chunk(
+        self, metadata: Metadata, name: str, extent: Any, main: Any, patience: Patience | None
+    ) -> _Work:
+        chunk_sectors = metadata.config["chunk_sectors"]
+        block_sectors = metadata.config["block_sectors"]
+        start = extent.logical * chunk_sectors
+        length = min(chunk_sectors, metadata.config["main"]["sectors"] - start)
+        self._progress(f"salvage chunk {extent.logical} of {name}")
+        # Counting writes from before the first read tells which blocks have changed since.
+        region = self._mapper.message(
+            name, f"@stats_create {start}+{length} {block_sectors} {_STATS_PROGRAM}"
+        ).strip()
+        return _Work(
+            extent=extent,
+            start=start,
+            length=length,
+            region=region,
+            salvage=salvage(main, start, length, block_sectors, patience),
+        )
+
+    def _write_chunks(
+        self, works: Sequence[_Work], metadata: Metadata, spares: Mapping[int, Any]
+    ) -> None:
+        dirty = []
+        for work in works:
+            device, place = spares[work.extent.spare], _spare_sector(work, metadata)
+            block = work.salvage.block_sectors
+            for first, count in work.salvage.readable:
+                data = b"".join(work.salvage.block(first + i) for i in range(count))
+                device.write(place + first * block, data)
+            for first, count in work.salvage.runs(Outcome.LOST):
+                if any(_reads(device, place + (first + i) * block, block) for i in range(count)):
+                    dirty.append((work.extent.spare, work.extent.physical))
+                    break
+        if dirty:
+            raise _Dirty(dirty)
+        for index in {work.extent.spare for work in works}:
+            spares[index].flush()
+
+    def _freeze(self, target: ActiveTarget, chunks: Sequence[int]) -> None:
+        """Hold all I/O to ``chunks`` on a device of their own, and let the rest of it flow.
+
+        A flush to the target waits too, because device-mapper sends it to every segment.
+        """
+        assert target.main is not None
+        name, metadata, frozen = (
+            target.device.name,
+            target.metadata,
+            _frozen_name(target.device.name),
+        )
+        chunk_sectors = metadata.config["chunk_sectors"]
+        sectors = metadata.config["main"]["sectors"]
+        on_main = {chunk: (target.main.devno, chunk * chunk_sectors) for chunk in chunks}
+        self._mapper.create_unannounced(
+            frozen,
+            f"{_dm_uuid(metadata)}-frozen",
+            mapping.frozen_table(chunks, sectors, chunk_sectors, on_main),
+        )
+        self._step("frozen_created")
+        self._mapper.suspend(frozen)
+        self._step("frozen_suspended")
+        device = self._mapper.info(frozen)
+        table = mapping.build_table(
+            sectors,
+            chunk_sectors,
+            target.main.devno,
+            metadata.extents,
+            {spare.index: spare.devno for spare in target.spares},
+            {chunk: position for position, chunk in enumerate(chunks)},
+            device.devno,
+        )
+        self._mapper.load(name, table)
+        self._step("freeze_loaded")
+        self._mapper.swap(name)
+        self._step("frozen")
+
+    def _catch_up(
+        self,
+        works: Sequence[_Work],
+        metadata: Metadata,
+        name: str,
+        main: Any,
+        spares: Mapping[int, Any],
+    ) -> None:
+        """Copy the blocks that were written since they were read; nobody can write them now."""
+        touched = set()
+        for work in works:
+            place, block = _spare_sector(work, metadata), work.salvage.block_sectors
+            for index in self._written_blocks(name, work.region):
+                try:
+                    data = main.read(work.start + index * block, block)
+                except OSError as error:
+                    if error.errno not in MEDIUM_ERRORS:
+                        raise
+                    if work.salvage.outcomes[index] is Outcome.LOST:
+                        continue
+                    # The spare holds an older version of this block, which must never be seen.
+                    raise _Dirty([(work.extent.spare, work.extent.physical)]) from error
+                size = block * SECTOR_BYTES
+                work.salvage.data[index * size : (index + 1) * size] = data
+                work.salvage.outcomes[index] = Outcome.FIRST_READ
+                spares[work.extent.spare].write(place + index * block, data)
+                touched.add(work.extent.spare)
+        for spare in touched:
+            spares[spare].flush()
+        self._step("caught_up")
+
+    def _written_blocks(self, name: str, region: str) -> list[int]:
+        # Each line is "start+length" and counters; the fifth counter is "writes completed"
+        # (Documentation/admin-guide/device-mapper/statistics.rst, Documentation/admin-guide/iostats.rst).
+        lines = self._mapper.message(name, f"@stats_print {region}").splitlines()
+        return [index for index, line in enumerate(lines) if int(line.split()[5])]
+
+    def _next(self, metadata: Metadata, works: Sequence[_Work]) -> Metadata:
+        lost = [(item.sector, item.count) for item in metadata.lost]
+        for work in works:
+            lost += work.salvage.lost
+        return metadata.successor(
+            time.time_ns(),
+            host_id=host_id(),
+            extents=extents.merge([*metadata.extents, *(work.extent for work in works)]),
+            lost=tuple(LostRange(start, count) for start, count in extents.merge_sectors(lost)),
+        )
+
+    def _commit(
+        self, spares: Mapping[int, DeviceInfo], current: Metadata | None, new: Metadata
+    ) -> None:
+        with contextlib.ExitStack() as stack:
+            devices = {
+                index: stack.enter_context(self._blocks.BlockDevice(info.path, writable=True))
+                for index, info in spares.items()
+            }
+            copies.commit(devices, current, new, step=self._step)
+        if current is None:
+            self._backup(new)
+
+    def _thaw(self, name: str) -> None:
+        """End a freeze: frozen chunks go to where the metadata on the spares has them."""
+        frozen = self._mapper.info(_frozen_name(name))
+        if frozen is None:
+            return
+        target = self.require(name)
+        metadata = target.metadata
+        for info in (spare.candidate.info for spare in target.spares):
+            if info.path in set(target.choice.damaged) | set(target.choice.stale):
+                upkeep = planner.plan_upkeep(target)
+                self._do_repair_metadata(upkeep, planner.Action("repair_metadata", info.path))
+        chunk_sectors = metadata.config["chunk_sectors"]
+        sectors = metadata.config["main"]["sectors"]
+        spares = {spare.index: spare.devno for spare in target.spares}
+        chunks = _held_chunks(target, frozen.devno, chunk_sectors)
+        main = self._main_of(target, frozen.name)
+        if chunks:
+            places = {
+                chunk: _place(metadata, chunk, main, spares, chunk_sectors) for chunk in chunks
+            }
+            self._mapper.load(
+                frozen.name, mapping.frozen_table(chunks, sectors, chunk_sectors, places)
+            )
+        self._step("thaw_loaded")
+        self._mapper.swap(frozen.name)
+        self._step("thawed")
+        table = mapping.build_table(sectors, chunk_sectors, main, metadata.extents, spares)
+        self._mapper.load(name, table)
+        self._mapper.swap(name)
+        self._step("swapped")
+        self._mapper.remove_unannounced(frozen.name)
+        self._step("frozen_removed")
+
+    def _main_of(self, target: ActiveTarget, frozen: str) -> str:
+        if target.main:
+            return str(target.main.devno)
+        own = {spare.devno for spare in target.spares}
+        below = [d for d in self._mapper.dependencies(frozen) if d not in own]
+        if not below:
+            raise DmRemapError("its main is not known", device=target.device.name)
+        return str(below[0])
+
+    def _verify(self, name: str, works: Sequence[_Work], metadata: Metadata) -> None:
+        """Read the chunks through the target: saved blocks as saved, lost ones as errors."""
+        device_info = self._mapper.info(name)
+        wrong = []
+        with self._blocks.BlockDevice(device_info.node) as device:
+            for work in works:
+                block = work.salvage.block_sectors
+                for index, outcome in enumerate(work.salvage.outcomes):
+                    try:
+                        data: bytes | None = device.read(work.start + index * block, block)
+                    except OSError:
+                        data = None
+                    expected = None if outcome is Outcome.LOST else work.salvage.block(index)
+                    if data != expected:
+                        wrong.append((work, index))
+        written = {
+            (work.region, index)
+            for work in {id(w): w for w, _ in wrong}.values()
+            for index in self._written_blocks(name, work.region)
+        }
+        bad = [
+            work.start + i * work.salvage.block_sectors
+            for work, i in wrong
+            if (work.region, i) not in written
+        ]
+        if bad:
+            raise DmRemapError(
+                f"sectors {bad} read differently after the remap than before",
+                device=f"/dev/mapper/{name}",
+                remedy="stop using the target and check the spare's health",
+            )
+        self._step("verified")
+
+    def _drop_statistics(self, name: str) -> None:
+        # Also those that an interrupted remap left behind.
+        for line in self._mapper.message(name, f"@stats_list {_STATS_PROGRAM}").splitlines():
+            region = line.partition(":")[0].strip()
+            if region.isdigit():
+                self._mapper.message(name, f"@stats_delete {region}")
+
+    def _backup(self, metadata: Metadata) -> None:
+        """Keep the metadata on the host too; a backup that fails costs no remap."""
+        folder = os.path.join(self._backup_dir, str(metadata.target_uuid))
+        index = next(i for i, spare in enumerate(metadata.config["spares"]) if spare)
+        raw = pack_slot(
+            metadata,
+            spare_uuid_of(metadata, index),
+            geometry_of(metadata, index).spare_sectors,
+            copy_index=0,
+        )
+        try:
+            os.makedirs(folder, mode=0o700, exist_ok=True)
+            path = os.path.join(folder, f"{metadata.generation:020d}.slot")
+            with open(path + ".new", "wb") as file:
+                file.write(raw)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(path + ".new", path)
+            for old in sorted(os.listdir(folder))[:-BACKUPS_KEPT]:
+                os.unlink(os.path.join(folder, old))
+        except OSError as error:
+            self._progress(f"no backup in {folder}: {error}")
+
+
+def host_id() -> uuid.UUID:
+    """The host's machine id (machine-id(5)), or zero where it has none."""
+    try:
+        with open("/etc/machine-id", encoding="ascii") as file:
+            return uuid.UUID(file.read().strip())
+    except (OSError, ValueError):
+        return uuid.UUID(int=0)
+
+
+def request_seen(engine: Engine, request: Request) -> Seen:
+    """Observe what ``request`` names."""
+    return engine.see(request.name, request.main, request.spares)
+
+
+def _dm_uuid(metadata: Metadata) -> str:
+    return UUID_PREFIX + metadata.target_uuid.hex
+
+
+def _data_name(name: str, index: int) -> str:
+    return spare_name(name, index) + "-data"
+
+
+def _tags_name(name: str, index: int) -> str:
+    return spare_name(name, index) + "-tags"
+
+
+def _frozen_name(name: str) -> str:
+    return name + "-frozen"
+
+
+def _index_of(plan: Plan, path: str) -> int:
+    return next(index for index, info in plan.spares.items() if info.path == path)
+
+
+def _spare_sector(work: _Work, metadata: Metadata) -> int:
+    return int(work.extent.physical * metadata.config["chunk_sectors"])
+
+
+def _held_chunks(target: ActiveTarget, frozen: str, chunk_sectors: int) -> list[int]:
+    """Chunks that the live table holds on the frozen device, in the order of their positions."""
+    positions = {}
+    for segment in target.table:
+        if segment.target != "linear":
+            continue
+        device, offset = mapping.linear_target(segment)
+        if device == frozen:
+            for step in range(0, segment.length, chunk_sectors):
+                positions[(offset + step) // chunk_sectors] = (
+                    segment.start + step
+                ) // chunk_sectors
+    return [positions[position] for position in sorted(positions)]
+
+
+def _place(
+    metadata: Metadata, chunk: int, main: str, spares: Mapping[int, str], chunk_sectors: int
+) -> tuple[str, int]:
+    extent = extents.find(metadata.extents, chunk)
+    if extent is None:
+        return main, chunk * chunk_sectors
+    offset = (extent.physical + chunk - extent.logical) * chunk_sectors
+    return spares.get(extent.spare, ""), offset
+
+
+def _reads(device: Any, sector: int, count: int) -> bool:
+    try:
+        device.read(sector, count)
+    except OSError as error:
+        if error.errno in MEDIUM_ERRORS:
+            return False
+        raise
+    return True
+
+
+def _check_alive(main: Any, works: Sequence[_Work], info: DeviceInfo) -> None:
+    """Refuse to believe that a whole chunk is lost on a disk that reads nothing at all."""
+    if not any(not work.salvage.readable for work in works):
+        return
+    block = info.block_sectors
+    last = (info.sectors // block - 1) * block
+    probes = {0, last, last // 2 // block * block}
+    if not any(_reads(main, sector, block) for sector in probes):
+        raise DmRemapError(
+            "reads fail everywhere, so it is the disk or its path and not a bad sector",
+            device=info.path,
+            remedy="check its cable, power and controller; nothing was changed",
+        )
+
+
+def _report(work: _Work) -> RemappedChunk:
+    return RemappedChunk(
+        chunk=work.extent.logical,
+        start=work.start,
+        count=work.length,
+        spare=work.extent.spare,
+        spare_chunk=work.extent.physical,
+        recovered_first_read=work.salvage.count(Outcome.FIRST_READ),
+        recovered_on_retry=work.salvage.count(Outcome.RETRY),
+        lost=work.salvage.lost,
+    )
+
+
+def _lock_memory() -> None:
+    """Keep this process in memory: its pages may live on the disk whose flushes will wait."""
+    ctypes.CDLL(None, use_errno=True).mlockall(_MCL_CURRENT | _MCL_FUTURE)

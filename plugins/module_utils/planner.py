@@ -1,0 +1,674 @@
+# Copyright: dm_remap.storage contributors
+# GNU General Public License v3.0+ (see LICENSES/GPL-3.0-or-later.txt or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""What must be done: desired and observed state to a list of actions (pure)."""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
+
+from . import copies, extents, pool
+from .blockdev import DeviceInfo
+from .devmapper import MappedDevice, Segment, check_name
+from .errors import DmRemapError, Refused, StaleGeneration
+from .format import NO_DIGEST, Extent, Geometry, Metadata, geometry_of, plan_geometry
+from .mapping import build_table, describe_table
+
+SECTOR_BYTES = 512
+MIN_CHUNK_BYTES = 4096
+MAX_CHUNK_BYTES = 1 << 20
+DEFAULT_CHUNK_BYTES = 65536
+MAX_SPARES = 8
+UUID_PREFIX = "DMREMAP-"
+
+
+@dataclass(frozen=True)
+class Action:
+    """One step of a plan: what is done (``kind``), to which device, with which particulars."""
+
+    kind: str
+    device: str
+    details: Mapping[str, Any] = field(default_factory=dict)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The action as it is returned to the user."""
+        return {"action": self.kind, "device": self.device, **self.details}
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A device that is to be a spare, or is one: who it is and what is on it."""
+
+    info: DeviceInfo
+    signatures: tuple[str, ...]
+    survey: copies.Survey
+
+
+@dataclass(frozen=True)
+class ActiveSpare:
+    """A spare of an active target: its integrity device and the device below."""
+
+    index: int
+    devno: str
+    candidate: Candidate
+
+
+@dataclass(frozen=True)
+class ActiveTarget:
+    """A target that device-mapper shows.
+
+    Args:
+        device: its mapped device.
+        table: its live table.
+        main: the main, or None where every chunk is remapped.
+        spares: the spares that are active.
+        choice: the metadata that was chosen among the spares' copies.
+        frozen: the device that holds frozen chunks, where a remap was interrupted.
+    """
+
+    device: MappedDevice
+    table: tuple[Segment, ...]
+    main: DeviceInfo | None
+    spares: tuple[ActiveSpare, ...]
+    choice: copies.Choice
+    frozen: MappedDevice | None
+
+    @property
+    def metadata(self) -> Metadata:
+        """The target's metadata."""
+        return self.choice.metadata
+
+
+@dataclass(frozen=True)
+class Request:
+    """The target that the user wants.
+
+    Args:
+        name: its name.
+        main: path of main.
+        spares: paths of the spares.
+        chunk_bytes: size of a chunk; None takes the default, or what the target has.
+        on_error: ``fail``.
+        wipe: spares may hold something, which is erased.
+    """
+
+    name: str
+    main: str
+    spares: tuple[str, ...]
+    chunk_bytes: int | None = None
+    on_error: str = "fail"
+    wipe: bool = False
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What was observed for a request.
+
+    Args:
+        target: the active target of that name.
+        remains: mapped devices that an interrupted command of ours left under that name.
+        main: the device that is to be main.
+        candidates: the devices that are to be spares.
+    """
+
+    target: ActiveTarget | None
+    remains: tuple[str, ...]
+    main: DeviceInfo | None
+    candidates: tuple[Candidate, ...]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Actions in their order, with the state before and after.
+
+    Args:
+        name: name of the target.
+        actions: what will be done; empty when all is as desired.
+        before: generation, configuration and table now.
+        after: the same when the actions are done.
+        metadata: the metadata that the target will have, or has.
+        main: the target's main.
+        spares: devices of the spares by index.
+        placed: for a remap, the new extents of one chunk each.
+        warnings: what the user should know, but nothing is refused for.
+    """
+
+    name: str
+    actions: tuple[Action, ...] = ()
+    before: Mapping[str, Any] = field(default_factory=dict)
+    after: Mapping[str, Any] = field(default_factory=dict)
+    metadata: Metadata | None = None
+    main: DeviceInfo | None = None
+    spares: Mapping[int, DeviceInfo] = field(default_factory=dict)
+    placed: tuple[Extent, ...] = ()
+    warnings: tuple[str, ...] = ()
+
+    @property
+    def changes(self) -> bool:
+        """Whether anything is to be done."""
+        return bool(self.actions)
+
+    def action_dicts(self) -> list[dict[str, Any]]:
+        """The actions as they are returned to the user."""
+        return [action.to_dict() for action in self.actions]
+
+
+def spare_name(name: str, index: int) -> str:
+    """Name of the mapped device over spare ``index``."""
+    return f"{name}-spare{index}"
+
+
+def plan_present(
+    request: Request, seen: Seen, new_uuid: Callable[[], uuid.UUID] = uuid.uuid4
+) -> Plan:
+    """Plan the target's creation, its activation from its metadata, or nothing.
+
+    Raises:
+        Refused: what is wanted cannot be had safely; nothing was written.
+    """
+    _check_request(request)
+    if seen.target:
+        return _plan_active(request, seen.target, seen)
+    main = _present(seen.main, request.main)
+    _check_distinct(request, main, seen.candidates)
+    _check_unused(main, seen.remains, "main")
+    for candidate in seen.candidates:
+        _check_unused(candidate.info, seen.remains, "spare")
+    choice = _existing(request, seen.candidates)
+    if choice:
+        return _plan_activation(request, main, seen, choice)
+    return _plan_creation(request, main, seen, new_uuid)
+
+
+def _check_request(request: Request) -> None:
+    check_name(request.name)
+    if request.on_error != "fail":
+        raise Refused(
+            f"on_error {request.on_error!r} is not known", device=request.name, remedy="use fail"
+        )
+    if not 1 <= len(request.spares) <= MAX_SPARES:
+        raise Refused(
+            f"has {len(request.spares)} spares",
+            device=request.name,
+            remedy=f"give 1 to {MAX_SPARES} spares",
+        )
+    size = request.chunk_bytes
+    if size is not None and not (
+        MIN_CHUNK_BYTES <= size <= MAX_CHUNK_BYTES and size & (size - 1) == 0
+    ):
+        raise Refused(
+            f"a chunk of {size} bytes is not possible",
+            device=request.name,
+            remedy="use a power of two from 4 KiB to 1 MiB",
+        )
+
+
+def _present(info: DeviceInfo | None, path: str) -> DeviceInfo:
+    if info is None:
+        raise Refused("no such device", device=path, remedy="name an existing block device")
+    return info
+
+
+def _check_distinct(request: Request, main: DeviceInfo, spares: Sequence[Candidate]) -> None:
+    seen: dict[str, str] = {}
+    for candidate in spares:
+        info = candidate.info
+        if info.devno == main.devno:
+            raise Refused("is the main itself", device=info.path, remedy="give another device")
+        if info.disk == main.devno or main.disk == info.devno:
+            raise Refused(
+                "shares its sectors with the main, one being a partition of the other",
+                device=info.path,
+                remedy="give another device",
+            )
+        if info.devno in seen:
+            raise Refused(
+                f"is given twice, also as {seen[info.devno]}",
+                device=info.path,
+                remedy="give each spare once",
+            )
+        for other in spares:
+            if other is not candidate and other.info.disk == info.devno != other.info.devno:
+                raise Refused(
+                    f"contains the spare {other.info.path}",
+                    device=info.path,
+                    remedy="give either the disk or its partition",
+                )
+        seen[info.devno] = info.path
+
+
+def _check_unused(info: DeviceInfo, remains: Sequence[str], role: str) -> None:
+    # What our own interrupted command left is removed first, so it is no use of the device.
+    uses = [use for use in info.used_by if use.by not in remains]
+    if uses:
+        raise Refused(
+            f"is in use and cannot be a {role}: " + ", ".join(map(str, uses)),
+            device=info.path,
+            remedy="unmount or release it first",
+        )
+    if info.read_only:
+        raise Refused("is read-only", device=info.path, remedy=f"give a writable {role}")
+
+
+def _existing(request: Request, candidates: Sequence[Candidate]) -> copies.Choice | None:
+    marked = {c.info.path: c.survey for c in candidates if not c.survey.empty}
+    if not marked or request.wipe:
+        return None
+    choice = copies.choose(marked)
+    name = choice.metadata.config.get("name")
+    if name != request.name:
+        raise Refused(
+            f"is a spare of target {name!r}",
+            device=", ".join(marked),
+            remedy="give that name, or wipe: true to erase it",
+        )
+    unmarked = [c.info.path for c in candidates if c.survey.empty]
+    if unmarked:
+        raise Refused(
+            f"carries no metadata of target {name!r}, but {', '.join(marked)} does",
+            device=", ".join(unmarked),
+            remedy="give the target's own spares, or wipe: true to begin anew on all of them",
+        )
+    return choice
+
+
+def _plan_activation(request: Request, main: DeviceInfo, seen: Seen, choice: copies.Choice) -> Plan:
+    metadata = choice.metadata
+    _check_main_identity(main, metadata)
+    _check_unchangeable(request, metadata)
+    by_uuid = {c.survey.spare_uuid: c for c in seen.candidates}
+    spares: dict[int, DeviceInfo] = {}
+    for index, entry in enumerate(metadata.config["spares"]):
+        candidate = by_uuid.pop(uuid.UUID(entry["uuid"]), None)
+        if candidate is None:
+            raise Refused(
+                f"spare {index} ({entry.get('model') or 'no model'}, serial "
+                f"{entry.get('serial') or 'unknown'}, {entry['uuid']}) is not among the spares",
+                device=request.name,
+                remedy="give all of the target's spares",
+            )
+        spares[index] = candidate.info
+    if by_uuid:
+        raise Refused(
+            "is not a spare of this target any more",
+            device=", ".join(c.info.path for c in by_uuid.values()),
+            remedy="leave it out",
+        )
+    actions = [Action("remove_remains", name) for name in seen.remains]
+    actions += _repairs(choice, spares)
+    actions += _activations(request.name, spares)
+    actions.append(_creation(request.name, main))
+    return Plan(
+        name=request.name,
+        actions=tuple(actions),
+        before=_nothing(),
+        after=_state(metadata, spares),
+        metadata=metadata,
+        main=main,
+        spares=spares,
+        warnings=tuple(choice.warnings),
+    )
+
+
+def _plan_creation(
+    request: Request, main: DeviceInfo, seen: Seen, new_uuid: Callable[[], uuid.UUID]
+) -> Plan:
+    chunk_bytes = request.chunk_bytes or DEFAULT_CHUNK_BYTES
+    if main.sectors < chunk_bytes // SECTOR_BYTES:
+        raise Refused(
+            "is smaller than a chunk", device=main.path, remedy="give a larger main or chunk_size"
+        )
+    spares = {index: c.info for index, c in enumerate(seen.candidates)}
+    entries = []
+    actions = [Action("remove_remains", name) for name in seen.remains]
+    for index, candidate in enumerate(seen.candidates):
+        info = candidate.info
+        geometry = _check_spare(candidate, main, chunk_bytes, request.wipe)
+        content = list(candidate.signatures)
+        if content or not candidate.survey.empty:
+            actions.append(Action("wipe_spare", info.path, {"content": content}))
+        capacity = pool.capacity(geometry, index, ())
+        actions.append(Action("format_spare", info.path, {"chunks": capacity.total}))
+        entries.append({"uuid": str(new_uuid()), "geometry": geometry.to_dict(), **_who(info)})
+    metadata = Metadata(
+        target_uuid=new_uuid(),
+        generation=1,
+        timestamp_ns=0,
+        host_id=uuid.UUID(int=0),
+        parent_digest=NO_DIGEST,
+        config={
+            "name": request.name,
+            "chunk_sectors": chunk_bytes // SECTOR_BYTES,
+            "block_sectors": main.block_sectors,
+            "on_error": request.on_error,
+            "main": {
+                "sectors": main.sectors,
+                "logical_block": main.logical_block,
+                "physical_block": main.physical_block,
+                **_who(main),
+            },
+            "spares": entries,
+        },
+        health={},
+        extents=(),
+        lost=(),
+    )
+    actions += _activations(request.name, spares)
+    actions.append(Action("commit_metadata", request.name, {"generation": 1}))
+    actions.append(_creation(request.name, main))
+    shared = [i.path for i in spares.values() if i.disk == main.disk]
+    warnings = [f"{path} is on the same disk as the main and fails with it" for path in shared]
+    return Plan(
+        name=request.name,
+        actions=tuple(actions),
+        before=_nothing(),
+        after=_state(metadata, spares),
+        metadata=metadata,
+        main=main,
+        spares=spares,
+        warnings=tuple(warnings),
+    )
+
+
+def _check_spare(candidate: Candidate, main: DeviceInfo, chunk_bytes: int, wipe: bool) -> Geometry:
+    info = candidate.info
+    if info.logical_block != main.logical_block:
+        raise Refused(
+            f"has logical blocks of {info.logical_block} bytes, but {main.path} of "
+            f"{main.logical_block}",
+            device=info.path,
+            remedy="give a spare with the main's block size",
+        )
+    for device in (main, info):
+        if chunk_bytes % device.physical_block:
+            raise Refused(
+                f"a chunk of {chunk_bytes} bytes is not a multiple of its physical block of "
+                f"{device.physical_block} bytes",
+                device=device.path,
+                remedy="use a larger chunk_size",
+            )
+    if candidate.survey.newer and not wipe:
+        raise Refused(
+            "carries metadata of a newer version of this software",
+            device=info.path,
+            remedy="use that version, or wipe: true to erase it",
+        )
+    content = list(candidate.signatures) + (
+        [] if candidate.survey.empty else ["copies of a target's metadata"]
+    )
+    if content and not wipe:
+        raise Refused(
+            f"is not empty: {', '.join(dict.fromkeys(content))}",
+            device=info.path,
+            remedy="give an empty device, or wipe: true to erase it",
+        )
+    try:
+        return plan_geometry(info.sectors, chunk_bytes // SECTOR_BYTES, info.block_sectors)
+    except DmRemapError as error:
+        raise Refused(error.message, device=info.path, remedy=error.remedy) from error
+
+
+def _check_main_identity(main: DeviceInfo, metadata: Metadata) -> None:
+    recorded = metadata.config["main"]
+    if main.sectors != recorded["sectors"] or main.logical_block != recorded["logical_block"]:
+        raise Refused(
+            f"has {main.sectors} sectors in blocks of {main.logical_block} bytes, but the "
+            f"target's main has {recorded['sectors']} in blocks of {recorded['logical_block']}",
+            device=main.path,
+            remedy="give the target's own main",
+        )
+    for key, mine in _who(main).items():
+        if mine and recorded.get(key) and mine != recorded[key]:
+            raise Refused(
+                f"has {key} {mine!r}, but the target's main has {recorded[key]!r}",
+                device=main.path,
+                remedy="give the target's own main; a clone of it will not do",
+            )
+
+
+def _check_unchangeable(request: Request, metadata: Metadata) -> None:
+    chunk_bytes = metadata.config["chunk_sectors"] * SECTOR_BYTES
+    if request.chunk_bytes not in (None, chunk_bytes):
+        raise Refused(
+            f"has chunks of {chunk_bytes} bytes, which cannot be changed",
+            device=request.name,
+            remedy=f"leave out chunk_size or give {chunk_bytes}",
+        )
+
+
+def _plan_active(request: Request, target: ActiveTarget, seen: Seen) -> Plan:
+    main = _present(seen.main, request.main)
+    if target.main and main.devno != target.main.devno:
+        raise Refused(
+            f"is active with the main {target.main.path}, not {request.main}",
+            device=request.name,
+            remedy="give that main",
+        )
+    wanted = {c.info.devno: c.info.path for c in seen.candidates}
+    active = {s.candidate.info.devno: s.candidate.info.path for s in target.spares}
+    if set(wanted) != set(active) or len(wanted) != len(request.spares):
+        raise Refused(
+            f"is active with the spares {', '.join(sorted(active.values()))}, not "
+            f"{', '.join(sorted(wanted.values()))}",
+            device=request.name,
+            remedy="give those spares; a target's spares cannot be changed yet",
+        )
+    _check_unchangeable(request, target.metadata)
+    return plan_upkeep(target)
+
+
+def plan_upkeep(target: ActiveTarget) -> Plan:
+    """Plan what an active target needs to be whole: end an interrupted remap, repair copies."""
+    spares = {spare.index: spare.candidate.info for spare in target.spares}
+    actions = _repairs(target.choice, spares)
+    if target.frozen:
+        actions.append(Action("thaw", target.device.name))
+    state = _state(target.metadata, spares)
+    return Plan(
+        name=target.device.name,
+        actions=tuple(actions),
+        before=state,
+        after=state,
+        metadata=target.metadata,
+        main=target.main,
+        spares=spares,
+        warnings=tuple(target.choice.warnings),
+    )
+
+
+def plan_absent(
+    name: str, target: ActiveTarget | None, seen: Seen, discard_remaps: bool = False
+) -> Plan:
+    """Plan the removal of a target, with every copy of its metadata.
+
+    Args:
+        name: the target's name.
+        target: the active target, if there is one.
+        seen: the candidates are devices that may carry an inactive target's metadata.
+        discard_remaps: remove it although remapped chunks live on spares only.
+
+    Raises:
+        Refused: it is in use, or data would be lost.
+    """
+    check_name(name)
+    if target:
+        if target.device.open_count:
+            raise Refused(
+                f"is in use, opened {target.device.open_count} times",
+                device=f"/dev/mapper/{name}",
+                remedy="unmount it and close what uses it",
+            )
+        metadata = target.metadata
+        spares = {spare.index: spare.candidate.info for spare in target.spares}
+    else:
+        marked = {c.info.path: c for c in seen.candidates if not c.survey.empty}
+        if not marked:
+            actions = tuple(Action("remove_remains", left) for left in seen.remains)
+            return Plan(name=name, actions=actions, before=_nothing(), after=_nothing())
+        metadata = copies.choose({path: c.survey for path, c in marked.items()}).metadata
+        if metadata.config.get("name") != name:
+            raise Refused(
+                f"is a spare of target {metadata.config.get('name')!r}",
+                device=", ".join(marked),
+                remedy="give that name",
+            )
+        for candidate in marked.values():
+            _check_unused(candidate.info, seen.remains, "spare to be wiped")
+        spares = {index: c.info for index, c in enumerate(marked.values())}
+    if metadata.extents and not discard_remaps:
+        count = sum(extent.length for extent in metadata.extents)
+        raise Refused(
+            f"has {count} chunks whose data is on its spares only",
+            device=name,
+            remedy="copy the data off first, or give discard_remaps: true to lose those chunks",
+        )
+    actions_list = [Action("remove_remains", left) for left in seen.remains]
+    if target:
+        actions_list.append(Action("remove_target", f"/dev/mapper/{name}"))
+        actions_list += [
+            Action("deactivate_spare", info.path, {"name": spare_name(name, index)})
+            for index, info in spares.items()
+        ]
+    actions_list += [Action("wipe_metadata", info.path) for info in spares.values()]
+    return Plan(
+        name=name,
+        actions=tuple(actions_list),
+        before=_state(metadata, spares),
+        after=_nothing(),
+        metadata=metadata,
+        spares=spares,
+    )
+
+
+def plan_remap(
+    target: ActiveTarget,
+    ranges: Sequence[tuple[int, int]],
+    expected_generation: int | None = None,
+    avoid: Sequence[tuple[int, int]] = (),
+) -> Plan:
+    """Plan the remap of every chunk that ``ranges`` touch and that is still on main.
+
+    Args:
+        target: the active target.
+        ranges: pairs of first sector and count on the target.
+        expected_generation: refuse unless the metadata is at this generation.
+        avoid: pairs of spare index and chunk that must not be used.
+
+    Raises:
+        StaleGeneration: the metadata is at another generation.
+        Refused: a range is not on the target, or the spares are full.
+    """
+    metadata = target.metadata
+    name = target.device.name
+    if expected_generation is not None and metadata.generation != expected_generation:
+        raise StaleGeneration(
+            f"is at generation {metadata.generation}, not {expected_generation}",
+            device=name,
+            remedy="look at the target again and decide anew",
+        )
+    chunk_sectors = metadata.config["chunk_sectors"]
+    total = metadata.config["main"]["sectors"]
+    try:
+        chunks = [
+            chunk
+            for chunk in extents.chunks_of(ranges, chunk_sectors, total)
+            if extents.find(metadata.extents, chunk) is None
+        ]
+        placed = pool.allocate(chunks, usable_geometries(target), metadata.extents, avoid)
+    except Refused as error:
+        raise Refused(error.message, device=name, remedy=error.remedy) from error
+    upkeep = plan_upkeep(target)
+    actions = list(upkeep.actions)
+    for extent in placed:
+        start = extent.logical * chunk_sectors
+        actions.append(
+            Action(
+                "remap_chunk",
+                name,
+                {
+                    "chunk": extent.logical,
+                    "start": start,
+                    "count": min(chunk_sectors, total - start),
+                    "spare": extent.spare,
+                    "spare_chunk": extent.physical,
+                },
+            )
+        )
+    after = metadata
+    if placed:
+        after = replace(
+            metadata,
+            generation=metadata.generation + 1,
+            extents=extents.merge([*metadata.extents, *placed]),
+        )
+        actions.append(Action("commit_metadata", name, {"generation": after.generation}))
+    return replace(
+        upkeep,
+        actions=tuple(actions),
+        after=_state(after, upkeep.spares),
+        placed=tuple(placed),
+    )
+
+
+def usable_geometries(target: ActiveTarget) -> dict[int, Geometry]:
+    """Geometries of the target's active spares, by index."""
+    return {spare.index: geometry_of(target.metadata, spare.index) for spare in target.spares}
+
+
+def _repairs(choice: copies.Choice, spares: Mapping[int, DeviceInfo]) -> list[Action]:
+    needing = set(choice.damaged) | set(choice.stale)
+    return [
+        Action("repair_metadata", info.path) for info in spares.values() if info.path in needing
+    ]
+
+
+def _activations(name: str, spares: Mapping[int, DeviceInfo]) -> list[Action]:
+    return [
+        Action("activate_spare", info.path, {"name": spare_name(name, index)})
+        for index, info in spares.items()
+    ]
+
+
+def _creation(name: str, main: DeviceInfo) -> Action:
+    return Action("create_target", f"/dev/mapper/{name}", {"main": main.path})
+
+
+def _who(info: DeviceInfo) -> dict[str, str]:
+    return {"serial": info.serial, "wwn": info.wwn, "model": info.model}
+
+
+def _nothing() -> dict[str, Any]:
+    return {"generation": None, "config": None, "table": []}
+
+
+def _state(metadata: Metadata, spares: Mapping[int, DeviceInfo]) -> dict[str, Any]:
+    """The state for a diff, in words that stay the same when nothing changes."""
+    config = metadata.config
+    return {
+        "generation": metadata.generation,
+        "config": {
+            "name": config["name"],
+            "chunk_size": config["chunk_sectors"] * SECTOR_BYTES,
+            "on_error": config["on_error"],
+            "main": dict(config["main"]),
+            "spares": [spares[index].path for index in sorted(spares)],
+        },
+        "table": readable_table(metadata, spares),
+        "lost": [asdict(item) for item in metadata.lost],
+    }
+
+
+def readable_table(metadata: Metadata, spares: Mapping[int, DeviceInfo]) -> list[str]:
+    """The target's table for people: main and spares by role instead of device number."""
+    names = {"main": "main", **{f"spare{index}": f"spare{index}" for index in range(MAX_SPARES)}}
+    segments = build_table(
+        metadata.config["main"]["sectors"],
+        metadata.config["chunk_sectors"],
+        "main",
+        metadata.extents,
+        {index: f"spare{index}" for index in spares},
+    )
+    return describe_table(segments, names)
