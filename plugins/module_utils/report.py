@@ -1,0 +1,117 @@
+# Copyright: dm_remap.storage contributors
+# GNU General Public License v3.0+ (see LICENSES/GPL-3.0-or-later.txt or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""What users are told of a target: the return values of the modules (pure)."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+from . import pool
+from .extents import merge_sectors
+from .format import geometry_of
+from .planner import SECTOR_BYTES, ActiveTarget, Plan, readable_table
+
+if TYPE_CHECKING:
+    from .engine import RemapReport
+
+
+def describe_target(target: ActiveTarget) -> dict[str, Any]:
+    """A target as plain data: sizes in bytes or 512-byte sectors, as the key says."""
+    metadata = target.metadata
+    config = metadata.config
+    spares = {spare.index: spare.candidate.info for spare in target.spares}
+    return {
+        "name": target.device.name,
+        "device": f"/dev/mapper/{target.device.name}",
+        "devno": target.device.devno,
+        "uuid": str(metadata.target_uuid),
+        "generation": metadata.generation,
+        "sectors": config["main"]["sectors"],
+        "chunk_size": config["chunk_sectors"] * SECTOR_BYTES,
+        "on_error": config["on_error"],
+        "main": {
+            "path": target.main.path if target.main else None,
+            "devno": target.main.devno if target.main else None,
+            **config["main"],
+        },
+        "spares": [_describe_spare(target, spare.index) for spare in target.spares],
+        "remapped_chunks": sum(extent.length for extent in metadata.extents),
+        "extents": [asdict(extent) for extent in metadata.extents],
+        "lost": sector_ranges([(item.sector, item.count) for item in metadata.lost]),
+        "interrupted": target.frozen is not None,
+        "table": readable_table(metadata, spares),
+        "warnings": list(target.choice.warnings),
+    }
+
+
+def _describe_spare(target: ActiveTarget, index: int) -> dict[str, Any]:
+    spare = next(item for item in target.spares if item.index == index)
+    info = spare.candidate.info
+    entry = target.metadata.config["spares"][index]
+    chunks = pool.capacity(geometry_of(target.metadata, index), index, target.metadata.extents)
+    return {
+        "index": index,
+        "path": info.path,
+        "devno": info.devno,
+        "uuid": entry["uuid"],
+        "serial": info.serial,
+        "wwn": info.wwn,
+        "model": info.model,
+        "chunks": chunks.total,
+        "free_chunks": chunks.free,
+        "copies_damaged": info.path in target.choice.damaged,
+        "stale": info.path in target.choice.stale,
+    }
+
+
+def describe_remap(report: RemapReport) -> dict[str, Any]:
+    """What a remap saved and lost; counts in sectors, durations in seconds."""
+    return {
+        "generation": report.generation,
+        "chunks": [
+            {**asdict(chunk), "lost": sector_ranges(chunk.lost)} for chunk in report.chunks
+        ],
+        "recovered": report.recovered,
+        "lost": sector_ranges(report.lost),
+        "salvage_seconds": round(report.salvage_seconds, 4),
+        "pause_seconds": round(report.pause_seconds, 4),
+        "seconds": round(report.seconds, 4),
+    }
+
+
+def sector_ranges(ranges: list[tuple[int, int]]) -> list[dict[str, int]]:
+    """Ranges of sectors as plain data, sorted and joined."""
+    return [{"start": start, "count": count} for start, count in merge_sectors(ranges)]
+
+
+def diff_of(plan: Plan) -> list[dict[str, str]]:
+    """Configuration and table before and after a plan, as Ansible shows differences."""
+    device = f"/dev/mapper/{plan.name}"
+    return [
+        {
+            "before_header": f"{device} configuration",
+            "after_header": f"{device} configuration",
+            "before": _configuration_text(plan.before),
+            "after": _configuration_text(plan.after),
+        },
+        {
+            "before_header": f"{device} table",
+            "after_header": f"{device} table",
+            "before": _lines(plan.before.get("table", [])),
+            "after": _lines(plan.after.get("table", [])),
+        },
+    ]
+
+
+def _configuration_text(state: Any) -> str:
+    if not state.get("config"):
+        return ""
+    shown = {"generation": state["generation"], **state["config"], "lost": state.get("lost", [])}
+    return json.dumps(shown, indent=2, sort_keys=True) + "\n"
+
+
+def _lines(table: list[str]) -> str:
+    return "".join(line + "\n" for line in table)

@@ -1,0 +1,224 @@
+#!/usr/bin/python
+# Copyright: dm_remap.storage contributors
+# GNU General Public License v3.0+ (see LICENSES/GPL-3.0-or-later.txt or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+
+from __future__ import annotations
+
+DOCUMENTATION = r"""
+module: sectors
+short_description: Remap failing sectors of a target to a spare
+version_added: 0.1.0
+author:
+  - dm_remap.storage contributors (!UNKNOWN)
+description:
+  - Moves every chunk that the given sectors touch from the main to a spare, while the target is in
+    use. What can still be read is saved; sectors that no read could save are reported as lost.
+  - Reading a lost sector gives an error until something writes it. Zeros or old data are never
+    returned in its place.
+  - Chunks that are on a spare already are left alone, so a second run changes nothing.
+  - A crash at any moment leaves the old mapping or the new one, each with its data.
+options:
+  name:
+    description: Name of the target, which must be active.
+    type: str
+    required: true
+  ranges:
+    description: The failing sectors.
+    type: list
+    elements: dict
+    required: true
+    suboptions:
+      start:
+        description: First sector on the target, in units of 512 bytes.
+        type: int
+        required: true
+      count:
+        description: Number of sectors.
+        type: int
+        default: 1
+  expected_generation:
+    description:
+      - Fail without a change unless the target's metadata is at this generation.
+      - Guards a decision that was made on an older state of the target.
+    type: int
+  retries:
+    description: How often a block that cannot be read is tried again before it counts as lost.
+    type: int
+    default: 4
+  salvage_seconds:
+    description:
+      - Time for reading one chunk. When it is over, no further retry is begun.
+      - If it is over before every block was tried once, the task fails and changes nothing.
+    type: float
+    default: 600
+attributes:
+  check_mode:
+    description:
+      - Can run in C(check_mode) and return which chunks would go where. What can be saved is not
+        known before it is read.
+    support: full
+  diff_mode:
+    description: Returns the configuration and the device-mapper table before and after.
+    support: full
+  idempotent:
+    description: A second run with the same options plans nothing and changes nothing.
+    support: full
+  platform:
+    description: Systems that the module runs on.
+    support: full
+    platforms: Linux
+seealso:
+  - module: dm_remap.storage.target
+  - module: dm_remap.storage.info
+"""
+
+EXAMPLES = r"""
+- name: Remap a sector that the kernel reported
+  dm_remap.storage.sectors:
+    name: data
+    ranges:
+      - start: 123456
+  register: remap
+
+- name: Stop if data was lost
+  ansible.builtin.assert:
+    that: remap.lost | length == 0
+
+- name: Remap two ranges, if nobody changed the target since it was looked at
+  dm_remap.storage.sectors:
+    name: data
+    expected_generation: 7
+    ranges:
+      - start: 2048
+        count: 64
+      - start: 1048576
+        count: 8
+"""
+
+RETURN = r"""
+actions:
+  description: What was done, or would be done in check mode, in this order.
+  returned: always
+  type: list
+  elements: dict
+  sample:
+    - action: remap_chunk
+      device: data
+      chunk: 964
+      start: 123392
+      count: 128
+      spare: 0
+      spare_chunk: 0
+generation:
+  description: Generation of the target's metadata after the task.
+  returned: always
+  type: int
+  sample: 8
+recovered:
+  description: Number of sectors in the remapped chunks whose data was saved.
+  returned: always
+  type: int
+  sample: 127
+lost:
+  description: Sectors of the target that no read could save.
+  returned: always
+  type: list
+  elements: dict
+  sample:
+    - start: 123456
+      count: 1
+chunks:
+  description: The chunks that were remapped, with what became of their sectors.
+  returned: always
+  type: list
+  elements: dict
+  sample:
+    - chunk: 964
+      start: 123392
+      count: 128
+      spare: 0
+      spare_chunk: 0
+      recovered_first_read: 127
+      recovered_on_retry: 0
+      lost:
+        - start: 123456
+          count: 1
+pause_seconds:
+  description: How long I/O to the chunks, and flushes of the target, had to wait.
+  returned: always
+  type: float
+  sample: 0.011
+salvage_seconds:
+  description: How long reading the main and writing the spare took, before the pause.
+  returned: always
+  type: float
+  sample: 0.4
+seconds:
+  description: Duration of the whole remap.
+  returned: always
+  type: float
+  sample: 0.5
+"""
+
+from ansible.module_utils.basic import AnsibleModule
+
+from ..module_utils.engine import Engine, RemapReport
+from ..module_utils.errors import DmRemapError
+from ..module_utils.planner import plan_remap
+from ..module_utils.report import describe_remap, diff_of
+from ..module_utils.salvage import Patience
+
+
+def main() -> None:
+    """Read the arguments, plan, remap unless in check mode, and report."""
+    module = AnsibleModule(
+        argument_spec={
+            "name": {"type": "str", "required": True},
+            "ranges": {
+                "type": "list",
+                "elements": "dict",
+                "required": True,
+                "options": {
+                    "start": {"type": "int", "required": True},
+                    "count": {"type": "int", "default": 1},
+                },
+            },
+            "expected_generation": {"type": "int"},
+            "retries": {"type": "int", "default": 4},
+            "salvage_seconds": {"type": "float", "default": 600.0},
+        },
+        supports_check_mode=True,
+    )
+    try:
+        run(module)
+    except DmRemapError as error:
+        module.fail_json(msg=str(error), device=error.device, remedy=error.remedy)
+
+
+def run(module: AnsibleModule) -> None:
+    """Carry the task out and end the module with its result."""
+    params = module.params
+    name = params["name"]
+    ranges = [(item["start"], item["count"]) for item in params["ranges"]]
+    patience = Patience(retries=params["retries"], budget=params["salvage_seconds"])
+    engine = Engine()
+    engine.check_host()
+    with engine.locked(name):
+        plan = plan_remap(engine.require(name), ranges, params["expected_generation"])
+        report = RemapReport(plan.metadata.generation)
+        if plan.changes and not module.check_mode:
+            report = engine.remap(name, ranges, params["expected_generation"], patience)
+    if report.lost:
+        lost = sum(count for _start, count in report.lost)
+        module.warn(f"{name}: {lost} sectors could not be read and are lost")
+    module.exit_json(
+        changed=plan.changes,
+        actions=plan.action_dicts(),
+        diff=diff_of(plan),
+        **describe_remap(report),
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,225 @@
+#!/usr/bin/python
+# Copyright: dm_remap.storage contributors
+# GNU General Public License v3.0+ (see LICENSES/GPL-3.0-or-later.txt or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+
+from __future__ import annotations
+
+DOCUMENTATION = r"""
+module: target
+short_description: Create, activate and remove targets that redirect bad sectors to spares
+version_added: 0.1.0
+author:
+  - dm_remap.storage contributors (!UNKNOWN)
+description:
+  - A target C(/dev/mapper/NAME) stands in front of a main disk and is as large as it.
+    Chunks of the main that go bad are redirected to spares, live and under any filesystem.
+  - Nothing but the application's own data is ever written to the main.
+    A filesystem that is on it already stays as it is, and is mounted from the target from then on.
+  - After a restart of the host the same task activates the target again from the metadata on its
+    spares.
+  - What is not safe is refused before anything is written; the message says what would be needed.
+requirements:
+  - Linux with device-mapper and its C(integrity) target
+  - libdevmapper on the managed host
+options:
+  name:
+    description:
+      - Name of the target, 1 to 96 of the characters C(A-Z a-z 0-9 . _ + -).
+    type: str
+    required: true
+  main:
+    description:
+      - The device to protect, a disk, partition or logical volume that nothing uses.
+      - Required with O(state=present).
+    type: path
+  spares:
+    description:
+      - One to eight devices that receive remapped chunks, with the same logical block size as the
+        main, of 20 MiB or more, and empty.
+      - Required with O(state=present).
+      - With O(state=absent), devices from which an inactive target's metadata is removed.
+    type: list
+    elements: path
+    default: []
+  chunk_size:
+    description:
+      - The unit of remapping, a power of two from V(4K) to V(1M), and a multiple of the physical
+        block size of main and spares. It cannot be changed later.
+      - A new target gets V(64K) if this is not given.
+    type: str
+  on_error:
+    description:
+      - What happens to an I/O that meets a bad sector.
+      - With V(fail) the error reaches the application, and the chunk is remapped afterwards.
+    type: str
+    choices: [fail]
+    default: fail
+  wipe:
+    description:
+      - Allow spares that hold a filesystem, a partition table or anything else, which is erased.
+    type: bool
+    default: false
+  discard_remaps:
+    description:
+      - With O(state=absent), remove the target although some of its data is on the spares only.
+        That data is lost.
+    type: bool
+    default: false
+  state:
+    description:
+      - V(present) creates the target, activates it, or repairs what an interruption left.
+      - V(absent) removes the target and every copy of its metadata from its spares.
+    type: str
+    choices: [present, absent]
+    default: present
+attributes:
+  check_mode:
+    description: Can run in C(check_mode) and return what would be done without doing it.
+    support: full
+  diff_mode:
+    description: Returns the configuration and the device-mapper table before and after.
+    support: full
+  idempotent:
+    description: A second run with the same options plans nothing and changes nothing.
+    support: full
+  platform:
+    description: Systems that the module runs on.
+    support: full
+    platforms: Linux
+seealso:
+  - module: dm_remap.storage.sectors
+  - module: dm_remap.storage.info
+"""
+
+EXAMPLES = r"""
+- name: Protect a disk with two spares
+  dm_remap.storage.target:
+    name: data
+    main: /dev/disk/by-id/ata-EXAMPLE_MAIN
+    spares:
+      - /dev/disk/by-id/ata-EXAMPLE_SPARE_1
+      - /dev/disk/by-id/ata-EXAMPLE_SPARE_2
+
+- name: See what would be done, without doing it
+  dm_remap.storage.target:
+    name: data
+    main: /dev/disk/by-id/ata-EXAMPLE_MAIN
+    spares: [/dev/disk/by-id/ata-EXAMPLE_SPARE_1]
+    chunk_size: 128K
+  check_mode: true
+  diff: true
+
+- name: Remove a target that has no remaps; the main is as it was
+  dm_remap.storage.target:
+    name: data
+    state: absent
+"""
+
+RETURN = r"""
+actions:
+  description: What was done, or would be done in check mode, in this order.
+  returned: always
+  type: list
+  elements: dict
+  sample:
+    - action: format_spare
+      device: /dev/sdc
+      chunks: 1023
+    - action: create_target
+      device: /dev/mapper/data
+      main: /dev/sdb
+target:
+  description: The target after the task; empty when it is absent, and in check mode before it exists.
+  returned: always
+  type: dict
+  sample:
+    name: data
+    device: /dev/mapper/data
+    generation: 1
+    remapped_chunks: 0
+"""
+
+from ansible.module_utils.basic import AnsibleModule
+from ansible.module_utils.common.text.formatters import human_to_bytes
+
+from ..module_utils.engine import Engine
+from ..module_utils.errors import DmRemapError
+from ..module_utils.planner import Plan, Request, Seen, plan_absent, plan_present
+from ..module_utils.report import describe_target, diff_of
+
+
+def main() -> None:
+    """Read the arguments, plan, carry out unless in check mode, and report."""
+    module = AnsibleModule(
+        argument_spec={
+            "name": {"type": "str", "required": True},
+            "main": {"type": "path"},
+            "spares": {"type": "list", "elements": "path", "default": []},
+            "chunk_size": {"type": "str"},
+            "on_error": {"type": "str", "choices": ["fail"], "default": "fail"},
+            "wipe": {"type": "bool", "default": False},
+            "discard_remaps": {"type": "bool", "default": False},
+            "state": {"type": "str", "choices": ["present", "absent"], "default": "present"},
+        },
+        required_if=[("state", "present", ("main", "spares"))],
+        supports_check_mode=True,
+    )
+    try:
+        run(module)
+    except DmRemapError as error:
+        module.fail_json(msg=str(error), device=error.device, remedy=error.remedy)
+
+
+def run(module: AnsibleModule) -> None:
+    """Carry the task out and end the module with its result."""
+    name = module.params["name"]
+    engine = Engine()
+    engine.check_host()
+    with engine.locked(name):
+        if module.params["state"] == "present":
+            request = request_from(module)
+            plan = plan_present(request, engine.see(name, request.main, request.spares))
+        else:
+            plan = absence(engine, module)
+        if not module.check_mode:
+            engine.apply(plan)
+        target = engine.observe(name)
+    for warning in plan.warnings:
+        module.warn(warning)
+    module.exit_json(
+        changed=plan.changes,
+        actions=plan.action_dicts(),
+        diff=diff_of(plan),
+        target=describe_target(target) if target else {},
+    )
+
+
+def request_from(module: AnsibleModule) -> Request:
+    """The target that the arguments ask for."""
+    params = module.params
+    chunk_bytes = None
+    if params["chunk_size"] is not None:
+        try:
+            chunk_bytes = human_to_bytes(params["chunk_size"])
+        except ValueError as error:
+            module.fail_json(msg=f"chunk_size: {error}")
+    return Request(
+        name=params["name"],
+        main=params["main"],
+        spares=tuple(params["spares"]),
+        chunk_bytes=chunk_bytes,
+        on_error=params["on_error"],
+        wipe=params["wipe"],
+    )
+
+
+def absence(engine: Engine, module: AnsibleModule) -> Plan:
+    """The plan that removes the target."""
+    name = module.params["name"]
+    seen: Seen = engine.see(name, None, module.params["spares"])
+    return plan_absent(name, seen.target, seen, module.params["discard_remaps"])
+
+
+if __name__ == "__main__":
+    main()
