@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import ast
 import os
+import re
 import subprocess
 import sys
 import urllib.request
@@ -30,7 +31,7 @@ GET_PIP = '''\
 import subprocess
 import sys
 
-subprocess.run([sys.executable, "-m", "ensurepip"], check=True)
+subprocess.run([sys.executable, "-m", "ensurepip"], check=True, stdout=subprocess.DEVNULL)
 wanted = [word for word in sys.argv[1:] if word not in ("--no-setuptools", "--no-wheel")]
 subprocess.run([sys.executable, "-m", "pip", "install", *wanted], check=True)
 '''
@@ -58,7 +59,7 @@ def provide_get_pip() -> None:
     """Put the script that installs pip where ansible-test keeps it, own or downloaded."""
     version = pip_version()
     cached = HOME / ".ansible" / "test" / "cache" / f"get_pip_{version.replace('.', '_')}.py"
-    if cached.exists():
+    if cached.exists() and cached.read_text() != GET_PIP:
         return
     cached.parent.mkdir(parents=True, exist_ok=True)
     url = f"https://ci-files.testing.ansible.com/ansible-test/get-pip-{version}.py"
@@ -91,6 +92,16 @@ def provide_pip_configuration() -> None:
     path.write_text("\n".join(lines) + "\n")
 
 
+def split(outcome: results.Outcome) -> dict[str, results.Outcome]:
+    """Return an outcome for each sanity test, or the whole when it broke off before the end."""
+    ran = re.findall(r'^Running sanity test "([^"]+)"', outcome.output, re.MULTILINE)
+    listed = outcome.output.partition("sanity test(s) listed below")[2].splitlines()[1:]
+    failed = {line.split()[0] for line in listed if line.strip()}
+    if not outcome.passed and not failed:
+        return {"ansible-test sanity": outcome}
+    return {name: results.Outcome(1 if name in failed else 0, "", 0.0) for name in [*ran, *failed]}
+
+
 def main() -> int:
     """Run the sanity tests and write their outcome."""
     HOME.mkdir(parents=True, exist_ok=True)
@@ -100,7 +111,7 @@ def main() -> int:
     environment = {**os.environ, "HOME": str(HOME)}
     outcome = results.run(command, SANITY_SECONDS, COPY, prefix="", environment=environment)
     path = BUILD / "results" / "sanity.xml"
-    results.write(path, "sanity", {"ansible-test sanity": outcome})
+    results.write(path, "sanity", split(outcome))
     print(results.read(path))
     return 0 if outcome.passed else 1
 
