@@ -1,0 +1,185 @@
+# Copyright: dm_remap.storage contributors
+# GNU General Public License v3.0+ (see LICENSES/GPL-3.0-or-later.txt or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""The events that a host reports: one flat, versioned JSON object each.
+
+An event says what happened to one device of one target. `docs/events.md` describes every field.
+"""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from datetime import datetime, timezone
+from typing import Any
+
+from .extents import merge_sectors
+
+SCHEMA = 1
+
+SECTOR_ERROR = "sector_error"
+TRANSIENT_ERROR = "transient_error"
+DEVICE_ERROR = "device_error"
+DEVICE_LOST = "device_lost"
+DEVICE_SLOW = "device_slow"
+BLIND = "blind"
+OVERRUN = "overrun"
+STARTED = "started"
+
+SEVERITIES: Mapping[str, str] = {
+    SECTOR_ERROR: "error",
+    TRANSIENT_ERROR: "warning",
+    DEVICE_ERROR: "error",
+    DEVICE_LOST: "critical",
+    DEVICE_SLOW: "warning",
+    BLIND: "critical",
+    OVERRUN: "error",
+    STARTED: "info",
+}
+
+# An event must stay small for the rule engine; a longer list goes into several events.
+MAX_RANGES = 512
+
+_NAMESPACE = uuid.UUID("6f0c6d57-5d0b-5b0e-9d43-1c1f3a5be6a1")
+_BOOT_ID = "/proc/sys/kernel/random/boot_id"
+_MACHINE_ID = "/etc/machine-id"
+
+
+@dataclass(frozen=True)
+class Draft:
+    """What happened, before the journal gave it a number.
+
+    Args:
+        type: one of the names in `SEVERITIES`.
+        message: a sentence for a person.
+        target: name of the target, or "" when the event is about the host.
+        device: kernel name of the device (`sda`), or "".
+        operation: `read`, `write`, `flush`, or "".
+        sectors: ranges (start, count) in logical sectors of the target that need a remap.
+        suspect: ranges (start, count) of the failed requests, in the same unit.
+        errno: positive error number, 0 when there is none.
+        requests: number of failed requests that led to this event.
+        merged: number of requests since the last event of this device that told nothing new.
+        generation: generation of the target's metadata when it was seen, 0 if unknown.
+    """
+
+    type: str
+    message: str
+    target: str = ""
+    device: str = ""
+    operation: str = ""
+    sectors: Sequence[tuple[int, int]] = ()
+    suspect: Sequence[tuple[int, int]] = ()
+    errno: int = 0
+    requests: int = 0
+    merged: int = 0
+    generation: int = 0
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Who reports: the host's name in the inventory, its id, and this boot's id."""
+
+    host: str
+    host_id: uuid.UUID
+    boot_id: str
+
+
+def local_origin(host: str, machine_id: str = _MACHINE_ID, boot_id: str = _BOOT_ID) -> Origin:
+    """Return the origin of this host.
+
+    Args:
+        host: name that the controller knows this host by.
+        machine_id: file with the machine id. The id itself is confidential (machine-id(5)), so only
+            a hash of it leaves the host.
+        boot_id: file with the kernel's boot id.
+    """
+    with open(machine_id, encoding="ascii") as stream:
+        host_id = uuid.uuid5(_NAMESPACE, stream.read().strip())
+    with open(boot_id, encoding="ascii") as stream:
+        return Origin(host, host_id, stream.read().strip())
+
+
+def complete(draft: Draft, origin: Origin, sequence: int, time_ns: int) -> dict[str, Any]:
+    """Return the event that goes over the wire.
+
+    Args:
+        draft: what happened.
+        origin: who reports it.
+        sequence: the event's number in this host's journal.
+        time_ns: when the first of its errors was seen, nanoseconds since 1970.
+    """
+    identity = f"{origin.boot_id}/{draft.device}/{sequence}"
+    return {
+        "schema": SCHEMA,
+        "uuid": str(uuid.uuid5(origin.host_id, identity)),
+        "sequence": sequence,
+        "time": rfc3339(time_ns),
+        "host": origin.host,
+        "target": draft.target,
+        "device": draft.device,
+        "type": draft.type,
+        "severity": SEVERITIES[draft.type],
+        "operation": draft.operation,
+        "sectors": [list(item) for item in draft.sectors],
+        "suspect": [list(item) for item in draft.suspect],
+        "errno": draft.errno,
+        "requests": draft.requests,
+        "merged": draft.merged,
+        "generation": draft.generation,
+        "message": draft.message,
+    }
+
+
+def rfc3339(time_ns: int) -> str:
+    """Return a time (nanoseconds since 1970) as RFC 3339 in UTC with microseconds."""
+    moment = datetime.fromtimestamp(time_ns // 1_000_000_000, tz=timezone.utc)
+    moment = moment.replace(microsecond=time_ns // 1000 % 1_000_000)
+    return moment.strftime("%Y-%m-%dT%H:%M:%S.%fZ")
+
+
+def subtract_ranges(
+    ranges: Iterable[tuple[int, int]], holes: Iterable[tuple[int, int]]
+) -> list[tuple[int, int]]:
+    """Return what is left of `ranges` without `holes`; both are ranges (start, count)."""
+    cuts = merge_sectors(holes)
+    left: list[tuple[int, int]] = []
+    for start, count in merge_sectors(ranges):
+        end = start + count
+        for cut, length in cuts:
+            if cut + length <= start or cut >= end:
+                continue
+            if cut > start:
+                left.append((start, cut - start))
+            start = cut + length
+            if start >= end:
+                break
+        if start < end:
+            left.append((start, end - start))
+    return left
+
+
+def intersect_ranges(
+    ranges: Iterable[tuple[int, int]], window: tuple[int, int]
+) -> list[tuple[int, int]]:
+    """Return the parts of `ranges` inside the one range `window`."""
+    low, high = window[0], window[0] + window[1]
+    kept = []
+    for start, count in ranges:
+        first, last = max(start, low), min(start + count, high)
+        if first < last:
+            kept.append((first, last - first))
+    return kept
+
+
+def split_draft(draft: Draft, limit: int = MAX_RANGES) -> list[Draft]:
+    """Return the draft as one or more drafts of at most `limit` ranges each."""
+    if len(draft.sectors) <= limit:
+        return [replace(draft, suspect=tuple(draft.suspect[:limit]))]
+    parts = []
+    for index in range(0, len(draft.sectors), limit):
+        piece = tuple(draft.sectors[index : index + limit])
+        merged = 0 if index else draft.merged
+        parts.append(replace(draft, sectors=piece, suspect=piece, merged=merged))
+    return parts

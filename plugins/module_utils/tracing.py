@@ -1,0 +1,264 @@
+# Copyright: dm_remap.storage contributors
+# GNU General Public License v3.0+ (see LICENSES/GPL-3.0-or-later.txt or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""Sees block errors: a tracefs instance of our own and the text that it prints.
+
+The kernel log is rate-limited and loses most errors of a burst; the tracepoints lose none, and the
+ring buffer of the instance keeps collecting while no daemon runs.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from .errors import MissingKernelFeature
+
+TRACEFS = "/sys/kernel/tracing"
+INSTANCE = "dm_remap"
+BUFFER_KIB_PER_CPU = 1408
+_READ_BYTES = 1 << 16
+
+READ, WRITE, FLUSH = "read", "write", "flush"
+
+# The one-letter operations that blk_fill_rwbs (kernel/trace/blktrace.c) prints.
+_OPERATIONS = {"R": READ, "W": WRITE}
+_RWBS = re.compile(r"(?:F?(?P<data>[RW])|F)(?P<flags>[A-Z]*)\Z")
+
+_LINE = re.compile(
+    r": (?P<event>block_rq_error|block_rq_complete|block_bio_complete): "
+    r"(?P<major>\d+),(?P<minor>\d+) (?P<rwbs>[A-Z]+) (?:\([^)]*\) )?"
+    r"(?P<sector>\d+) \+ (?P<count>\d+) "
+    r"(?:[^\s,]+,\d+,\d+ )?"  # the I/O priority that 6.12's request events add
+    r"\[(?P<error>-?\d+)\]\s*$"
+)
+_LOST = re.compile(r"^CPU:\d+ \[LOST (?P<count>\d+) EVENTS\]")
+_STATISTIC = re.compile(r"^(overrun|dropped events): (\d+)$", re.MULTILINE)
+
+# `print fmt:` of the events, without blanks, up to the arguments; include/trace/events/block.h.
+_KNOWN_FORMS = {
+    "block_rq_error": (
+        '"%d,%d %s (%s) %llu + %u [%d]"',
+        '"%d,%d %s (%s) %llu + %u %s,%u,%u [%d]"',
+    ),
+    "block_bio_complete": ('"%d,%d %s %llu + %u [%d]"',),
+}
+_KNOWN_FORMS["block_rq_complete"] = _KNOWN_FORMS["block_rq_error"]
+
+
+@dataclass(frozen=True)
+class BlockError:
+    """One failed request or bio, as a tracepoint shows it.
+
+    Args:
+        request: True for a request (disks), False for a bio (device-mapper, md).
+        devno: `major:minor` of the whole disk for a request, of the bio's device for a bio.
+        operation: `read`, `write` or `flush`.
+        sector: first sector on the whole disk. The bad one may be any of the request's.
+        count: sectors; 0 for a flush.
+        errno: positive error number.
+        readahead: nobody waits for this read, and some drivers fail innocent ones.
+    """
+
+    request: bool
+    devno: str
+    operation: str
+    sector: int
+    count: int
+    errno: int
+    readahead: bool
+
+
+@dataclass(frozen=True)
+class Lost:
+    """The trace buffer overwrote this number of entries before they were read."""
+
+    count: int
+
+
+def parse_line(line: str) -> BlockError | Lost | None:
+    """Parse a line of `trace_pipe`; None when it is not a failed read, write or flush."""
+    found = _LINE.search(line)
+    if found is None:
+        lost = _LOST.match(line)
+        return Lost(int(lost["count"])) if lost else None
+    error = -int(found["error"])
+    count = int(found["count"])
+    operation, readahead = _operation(found["rwbs"], count)
+    if error <= 0 or not operation:
+        return None
+    return BlockError(
+        request=found["event"] != "block_bio_complete",
+        devno=f"{found['major']}:{found['minor']}",
+        operation=operation,
+        sector=int(found["sector"]),
+        count=count,
+        errno=error,
+        readahead=readahead,
+    )
+
+
+def _operation(rwbs: str, count: int) -> tuple[str, bool]:
+    # Form: preflush F, operation, then F for FUA, A for readahead, S for sync, M for metadata.
+    found = _RWBS.match(rwbs)
+    if found is None or (count == 0 and not rwbs.startswith("F")):
+        return "", False
+    if count == 0 or not found["data"]:
+        return FLUSH, False
+    return _OPERATIONS[found["data"]], "A" in found["flags"]
+
+
+def parse_lines(lines: Iterable[str]) -> tuple[list[BlockError], int]:
+    """Return the errors in `lines` without readahead, and how many entries the buffer lost."""
+    errors, lost = [], 0
+    for line in lines:
+        item = parse_line(line)
+        if isinstance(item, Lost):
+            lost += item.count
+        elif item is not None and not item.readahead:
+            errors.append(item)
+    return errors, lost
+
+
+def check_format(event: str, text: str) -> None:
+    """Check that `parse_line` understands what the kernel prints for an event.
+
+    Args:
+        event: name of the tracepoint.
+        text: content of its `format` file.
+
+    Raises:
+        MissingKernelFeature: the form is not one that was tested.
+    """
+    found = re.search(r'^print fmt: ("[^"]*")', text, re.MULTILINE)
+    form = found[1] if found else "nothing"
+    if form not in _KNOWN_FORMS[event]:
+        raise MissingKernelFeature(
+            f"this kernel prints {event} as {form}, which is not known",
+            remedy="update dm_remap.storage or report the kernel's version",
+        )
+
+
+class TraceInstance:
+    """The tracefs instance that collects block errors.
+
+    The instance is left in place when the daemon ends: what happens meanwhile is read later.
+
+    Args:
+        tracefs: where tracefs is mounted.
+        name: name of the instance.
+    """
+
+    def __init__(self, tracefs: str = TRACEFS, name: str = INSTANCE) -> None:
+        self._tracefs = tracefs
+        self._directory = os.path.join(tracefs, "instances", name)
+        self._pipe = -1
+        self._rest = b""
+        self.events: list[str] = []
+
+    def open(self) -> int:
+        """Create or adopt the instance, switch its events on and return the pipe to wait on.
+
+        Raises:
+            MissingKernelFeature: tracefs is missing or its events cannot be understood.
+        """
+        try:
+            return self._open()
+        except OSError as error:
+            self.close()
+            raise MissingKernelFeature(
+                f"block errors cannot be traced: {error.strerror}",
+                device=str(error.filename or self._directory),
+                remedy="be root and mount tracefs at /sys/kernel/tracing",
+            ) from error
+        except MissingKernelFeature:
+            self.close()
+            raise
+
+    def _open(self) -> int:
+        os.listdir(os.path.join(self._tracefs, "events", "block"))
+        with contextlib.suppress(FileExistsError):
+            os.mkdir(self._directory)
+        # Wake the reader for a single error; older kernels wait for a half-full buffer.
+        self._write("0", "buffer_percent", optional=True)
+        if self._read("events/block/block_bio_complete/enable").strip() != "1":
+            self._write(str(BUFFER_KIB_PER_CPU), "buffer_size_kb")
+        self.events = []
+        if os.path.isdir(os.path.join(self._directory, "events/block/block_rq_error")):
+            self._enable("block_rq_error", "")
+        else:
+            self._enable("block_rq_complete", self._error_filter("block_rq_complete"))
+        self._enable("block_bio_complete", self._error_filter("block_bio_complete"))
+        self._write("1", "tracing_on")
+        self._pipe = os.open(
+            os.path.join(self._directory, "trace_pipe"), os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC
+        )
+        return self._pipe
+
+    def read(self) -> list[str]:
+        """Take up to 64 KiB of whole lines out of the buffer; empty when there are none."""
+        try:
+            data = os.read(self._pipe, _READ_BYTES)
+        except BlockingIOError:
+            return []
+        lines = (self._rest + data).split(b"\n")
+        self._rest = lines.pop()
+        return [line.decode("ascii", "replace") for line in lines]
+
+    def overruns(self) -> int:
+        """Return how many entries all buffers have overwritten or dropped since they exist."""
+        total = 0
+        processors = os.path.join(self._directory, "per_cpu")
+        for processor in os.listdir(processors):
+            text = self._read(f"per_cpu/{processor}/stats")
+            total += sum(int(number) for _, number in _STATISTIC.findall(text))
+        return total
+
+    def active(self) -> bool:
+        """Return whether the instance still records: someone may have switched it off."""
+        try:
+            if self._read("tracing_on").strip() != "1":
+                return False
+            switches = [self._read(f"events/block/{name}/enable").strip() for name in self.events]
+        except OSError:
+            return False
+        return all(switch == "1" for switch in switches)
+
+    def close(self) -> None:
+        """Close the pipe; the instance goes on collecting."""
+        if self._pipe >= 0:
+            os.close(self._pipe)
+            self._pipe = -1
+        self._rest = b""
+
+    def remove(self) -> None:
+        """Close and remove the instance, for uninstalling."""
+        self.close()
+        with contextlib.suppress(FileNotFoundError):
+            os.rmdir(self._directory)
+
+    def _enable(self, event: str, condition: str) -> None:
+        check_format(event, self._read(f"events/block/{event}/format"))
+        if condition:
+            self._write(condition, f"events/block/{event}/filter")
+        self._write("1", f"events/block/{event}/enable")
+        self.events.append(event)
+
+    def _error_filter(self, event: str) -> str:
+        # The field was called `errors` in requests before Linux 5.13.
+        text = self._read(f"events/block/{event}/format")
+        return "errors != 0" if re.search(r"\berrors;", text) else "error != 0"
+
+    def _read(self, name: str) -> str:
+        with open(os.path.join(self._directory, name), encoding="ascii") as stream:
+            return stream.read()
+
+    def _write(self, value: str, name: str, optional: bool = False) -> None:
+        path = os.path.join(self._directory, name)
+        if optional and not os.path.exists(path):
+            return
+        with open(path, "w", encoding="ascii") as stream:
+            stream.write(value)

@@ -1,0 +1,104 @@
+# Copyright: dm_remap.storage contributors
+# GNU General Public License v3.0+ (see LICENSES/GPL-3.0-or-later.txt or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""The events' fields and the arithmetic of ranges."""
+
+from __future__ import annotations
+
+import uuid
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from dm_remap import events
+from dm_remap.events import (
+    Draft,
+    Origin,
+    complete,
+    intersect_ranges,
+    local_origin,
+    rfc3339,
+    split_draft,
+    subtract_ranges,
+)
+from dm_remap.extents import merge_sectors
+
+ORIGIN = Origin("db1", uuid.UUID(int=7), "boot-a")
+RANGES = st.lists(st.tuples(st.integers(0, 60), st.integers(1, 20)), max_size=6)
+
+
+def points(ranges):
+    return {sector for start, count in ranges for sector in range(start, start + count)}
+
+
+@given(RANGES, RANGES)
+def test_subtraction_leaves_exactly_the_sectors_outside_the_holes(ranges, holes):
+    left = subtract_ranges(ranges, holes)
+    assert points(left) == points(ranges) - points(holes)
+    assert left == list(merge_sectors(left))
+
+
+@given(RANGES, st.tuples(st.integers(0, 60), st.integers(1, 40)))
+def test_intersection_keeps_exactly_the_sectors_inside(ranges, window):
+    assert points(intersect_ranges(ranges, window)) == points(ranges) & points([window])
+
+
+def test_an_event_is_flat_and_complete():
+    draft = Draft(events.SECTOR_ERROR, "text", "data", "sdb", "read", ((8, 2),), ((0, 16),), 61, 3)
+    event = complete(draft, ORIGIN, 42, 1_700_000_000_123_456_789)
+    assert event == {
+        "schema": 1,
+        "uuid": event["uuid"],
+        "sequence": 42,
+        "time": "2023-11-14T22:13:20.123456Z",
+        "host": "db1",
+        "target": "data",
+        "device": "sdb",
+        "type": "sector_error",
+        "severity": "error",
+        "operation": "read",
+        "sectors": [[8, 2]],
+        "suspect": [[0, 16]],
+        "errno": 61,
+        "requests": 3,
+        "merged": 0,
+        "generation": 0,
+        "message": "text",
+    }
+
+
+def test_the_uuid_depends_on_host_boot_device_and_sequence_only():
+    draft = Draft(events.SECTOR_ERROR, "text", device="sdb")
+
+    def made(draft=draft, origin=ORIGIN, sequence=1):
+        return complete(draft, origin, sequence, 5)["uuid"]
+
+    assert made() == complete(Draft(events.BLIND, "other", device="sdb"), ORIGIN, 1, 9)["uuid"]
+    different = {
+        made(),
+        made(sequence=2),
+        made(draft=Draft(events.SECTOR_ERROR, "text", device="sdc")),
+        made(origin=Origin("db1", uuid.UUID(int=7), "boot-b")),
+        made(origin=Origin("db1", uuid.UUID(int=8), "boot-a")),
+    }
+    assert len(different) == 5
+
+
+def test_times_before_the_first_microsecond_are_not_rounded_up():
+    assert rfc3339(999_999_999) == "1970-01-01T00:00:00.999999Z"
+
+
+def test_a_long_list_becomes_several_events_that_lose_no_range():
+    ranges = tuple((number * 16, 8) for number in range(1200))
+    parts = split_draft(Draft(events.SECTOR_ERROR, "text", sectors=ranges, merged=4), limit=512)
+    assert [len(part.sectors) for part in parts] == [512, 512, 176]
+    assert tuple(item for part in parts for item in part.sectors) == ranges
+    assert [part.merged for part in parts] == [4, 0, 0]
+
+
+def test_the_machine_id_does_not_leave_the_host(tmp_path):
+    (tmp_path / "machine-id").write_text("0123456789abcdef0123456789abcdef\n")
+    (tmp_path / "boot_id").write_text("b-1\n")
+    origin = local_origin("db1", str(tmp_path / "machine-id"), str(tmp_path / "boot_id"))
+    assert origin.boot_id == "b-1"
+    assert "0123456789abcdef" not in origin.host_id.hex
