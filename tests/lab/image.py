@@ -37,7 +37,7 @@ MASKED_UNITS = (
     "smartmontools.service mdmonitor.service mdmonitor-oneshot.timer mdcheck_start.timer "
     "mdcheck_continue.timer lvm2-monitor.service blk-availability.service "
     "nvmf-autoconnect.service nvmefc-boot-connections.service "
-    "systemd-networkd-wait-online.service systemd-pstore.service systemd-binfmt.service "
+    "getty-static.service systemd-pstore.service systemd-binfmt.service "
     "systemd-update-utmp.service systemd-update-utmp-runlevel.service "
     "systemd-random-seed.service systemd-timesyncd.service systemd-firstboot.service "
     "ldconfig.service systemd-hwdb-update.service systemd-update-done.service "
@@ -49,8 +49,14 @@ INITRAMFS_HOOK = """\
 #!/bin/sh
 [ "$1" = prereqs ] && exit 0
 . /usr/share/initramfs-tools/hook-functions
-manual_add_modules virtio_pci virtio_blk ext4
+force_load virtio_pci
+force_load virtio_blk
+force_load ext4
+copy_exec /sbin/blkid
 """
+
+# Parts of the initial RAM disk that a root on virtio does without, named by their packages.
+INITRAMFS_WITHOUT = ("udev", "lvm2", "mdadm", "dmsetup", "thermal", "fsck", "fixrtc")
 
 SSHD_CONFIG = """\
 HostKey /etc/ssh/ssh_host_ed25519_key
@@ -62,15 +68,26 @@ MaxSessions 100
 MaxStartups 100
 """
 
-# The addresses of QEMU's user-mode network, set without waiting for DHCP.
-NETWORK = """\
-[Match]
-Name=eth0
-[Network]
-Address=10.0.2.15/24
-Gateway=10.0.2.2
-LinkLocalAddressing=no
-IPv6AcceptRA=no
+# The addresses of QEMU's user-mode network. Nothing waits for it, and it waits for no DHCP.
+NETWORK_UNIT = """\
+[Unit]
+Description=Address of the lab's network
+BindsTo=sys-subsystem-net-devices-eth0.device
+After=sys-subsystem-net-devices-eth0.device
+[Service]
+Type=oneshot
+RemainAfterExit=yes
+ExecStart=ip address replace 10.0.2.15/24 dev eth0
+ExecStart=ip link set eth0 up
+ExecStart=ip route replace default via 10.0.2.2
+[Install]
+WantedBy=multi-user.target
+"""
+
+# sshd checks its configuration when it starts; once is enough.
+SSH_UNIT = """\
+[Service]
+ExecStartPre=
 """
 
 SERIAL_GETTY = """\
@@ -114,7 +131,8 @@ def overlay_files(public_key: str) -> dict[str, tuple[int, str]]:
         "etc/initramfs-tools/conf.d/lab": (0o644, "MODULES=list\nCOMPRESS=gzip\n"),
         "etc/initramfs-tools/hooks/lab": (0o755, INITRAMFS_HOOK),
         "etc/ssh/sshd_config.d/lab.conf": (0o600, SSHD_CONFIG),
-        "etc/systemd/network/lab.network": (0o644, NETWORK),
+        "etc/systemd/system/lab-network.service": (0o644, NETWORK_UNIT),
+        "etc/systemd/system/ssh.service.d/lab.conf": (0o644, SSH_UNIT),
         "etc/systemd/system/serial-getty@ttyS0.service.d/lab.conf": (0o644, SERIAL_GETTY),
         "etc/systemd/journald.conf.d/lab.conf": (0o644, "[Journal]\nStorage=volatile\n"),
         "etc/fstab": (0o644, f"LABEL={ROOT_LABEL} / ext4 rw,noatime 0 0\n"),
@@ -143,9 +161,9 @@ def overlay_tar(public_key: str) -> bytes:
 
 
 def recipe_hash(name: str, public_key: str) -> str:
-    """Return the cache key of an image: a digest of this file's code and of the SSH key."""
-    digest = hashlib.sha256(Path(__file__).read_bytes())
-    for part in (name, public_key, os.environ.get("DM_REMAP_LAB_MIRROR", "")):
+    """Return the cache key of an image: a digest of all that goes into it."""
+    digest = hashlib.sha256(overlay_tar(public_key))
+    for part in [ROOT_LABEL, ROOT_SIZE, *bootstrap_command(SUITES[name], Path("work"))]:
         digest.update(part.encode() + b"\0")
     return digest.hexdigest()[:16]
 
@@ -187,14 +205,21 @@ def bootstrap(suite: str, work: Path, public_key: str) -> None:
     """Run mmdebstrap: leaves ``root.tar``, ``vmlinuz``, ``initrd.img``, ``host_key.pub``."""
     overlay = work / "overlay.tar"
     overlay.write_bytes(overlay_tar(public_key))
+    run_logged(bootstrap_command(suite, work), work)
+    overlay.unlink()
+
+
+def bootstrap_command(suite: str, work: Path) -> list[str]:
+    """Return mmdebstrap's command line; ``$DM_REMAP_LAB_MIRROR`` names a mirror to use."""
     quoted = shlex.quote(str(work))
+    excluded = [f"/usr/share/{part}/*" for part in ("man", "doc", "locale")]
+    excluded += [f"/usr/share/initramfs-tools/*/{part}" for part in INITRAMFS_WITHOUT]
     command = ["mmdebstrap", "--mode=auto", "--variant=minbase", "--components=main"]
     command += [f"--include={','.join(PACKAGES)}", "--aptopt=Acquire::Languages none"]
-    command += [f"--dpkgopt=path-exclude=/usr/share/{part}/*" for part in ("man", "doc", "locale")]
+    command += ["--dpkgopt=force-confold", *(f"--dpkgopt=path-exclude={e}" for e in excluded)]
     command += [
-        "--dpkgopt=force-confold",
-        f"--essential-hook=tar-in {shlex.quote(str(overlay))} /",
-        '--customize-hook=chroot "$1" systemctl enable systemd-networkd.service',
+        f"--essential-hook=tar-in {quoted}/overlay.tar /",
+        '--customize-hook=chroot "$1" systemctl enable lab-network.service',
         f"--customize-hook=download /vmlinuz {quoted}/vmlinuz",
         f"--customize-hook=download /initrd.img {quoted}/initrd.img",
         f"--customize-hook=download /etc/ssh/ssh_host_ed25519_key.pub {quoted}/host_key.pub",
@@ -203,8 +228,7 @@ def bootstrap(suite: str, work: Path, public_key: str) -> None:
         str(work / "root.tar"),
     ]
     mirror = os.environ.get("DM_REMAP_LAB_MIRROR")
-    run_logged(command + ([mirror] if mirror else []), work)
-    overlay.unlink()
+    return command + ([mirror] if mirror else [])
 
 
 def make_filesystem(work: Path) -> None:

@@ -33,6 +33,8 @@ from .qmp import Qmp
 ADDRESS = "127.0.0.1"
 SSH_PORT = 22
 BOOT_SECONDS = 300.0
+# What the console says when a boot has failed for good.
+BOOT_FAILURES = ("Kernel panic - not syncing", "(initramfs) ", "You are in emergency mode")
 COMMAND_SECONDS = 300.0
 
 # What the guest is left without by reset(): anything mounted under /mnt, and all of
@@ -386,6 +388,9 @@ class Machine:
     def _boot(self) -> None:
         begin = time.monotonic()
         (self._sockets() / "qmp").unlink(missing_ok=True)
+        console = self.directory / "console.log"
+        if console.exists():
+            console.rename(console.with_suffix(".log.old"))
         self.process = spawn(
             self._command(), self.directory, self.directory / "qemu.log", self.detached
         )
@@ -412,9 +417,10 @@ class Machine:
                     f"machine {self.name}: QEMU ended before {what} was there:\n{log}\n"
                     f"{self.console_tail()}"
                 )
-            if time.monotonic() - begin > self.boot_seconds:
+            late = time.monotonic() - begin > self.boot_seconds
+            if late or any(text in self.console_tail(3) for text in BOOT_FAILURES):
                 raise LabError(
-                    f"machine {self.name}: no {what} after {self.boot_seconds:.0f} s; "
+                    f"machine {self.name}: no {what} after {time.monotonic() - begin:.0f} s; "
                     f"the end of its console:\n{self.console_tail()}"
                 )
             time.sleep(0.05)
@@ -443,7 +449,7 @@ class Machine:
         command += [
             "-chardev",
             f"socket,id=console,path={self._sockets()}/console,server=on,wait=off,"
-            f"logfile=console.log,logappend=on",
+            f"logfile=console.log",
             "-serial",
             "chardev:console",
         ]
@@ -546,9 +552,7 @@ class Machine:
         self.run(["blockdev", "--flushbufs", *paths])
         self.run(["udevadm", "trigger", "--settle", "--action=change", *paths])
 
-    def reset(
-        self, zero: Iterable[str] = (), stop: Sequence[str] = ("dm-remapd.service",)
-    ) -> None:
+    def reset(self, zero: Iterable[str] = (), stop: Sequence[str] = ("dm-remapd.service",)) -> None:
         """Leave the guest clean for the next test.
 
         Boots it if it does not run, heals every fault, stops the units ``stop``, unmounts what
