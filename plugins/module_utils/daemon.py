@@ -174,7 +174,6 @@ class Daemon:
         await self._write(drafts, [])
         for observation in await self._journal_thread.call(self._journal.pending):
             self._dispatch([observation])
-        self._open_trace()
         await self._check()
         server = None
         try:
@@ -342,7 +341,7 @@ class Daemon:
                 self._tasks[devno] = asyncio.ensure_future(self._explain_all(devno))
 
     async def _explain_all(self, devno: str) -> None:
-        while self._waiting[devno]:
+        while self._waiting[devno] and not self._stopping:
             await asyncio.sleep(self._settings.burst_seconds)
             batch = self._waiting.pop(devno)
             try:
@@ -404,12 +403,16 @@ class Daemon:
         return [target for target in self._targets if devno in (target.disk, target.main)]
 
     async def _refresh(self, strict: bool = False) -> None:
+        # Not wait_for: up to Python 3.11 it can swallow a cancellation.
+        call = asyncio.ensure_future(self._table_thread.call(self._host.targets))
         try:
-            self._targets = await asyncio.wait_for(
-                self._table_thread.call(self._host.targets), _DEVICE_MAPPER_SECONDS
-            )
-        except (asyncio.TimeoutError, DmRemapError, OSError) as error:
-            self._troubles["targets"] = str(error) or "device-mapper does not answer"
+            done, _ = await asyncio.wait({call}, timeout=_DEVICE_MAPPER_SECONDS)
+            if not done:
+                call.cancel()
+                raise DmRemapError("device-mapper does not answer", remedy="look at dmsetup info")
+            self._targets = call.result()
+        except (DmRemapError, OSError) as error:
+            self._troubles["targets"] = str(error)
             if strict:
                 raise
         else:

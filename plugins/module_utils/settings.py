@@ -85,13 +85,13 @@ def load(path: str = PATH) -> Settings:
     return Settings(**values)
 
 
-def _check(path: str, name: str, value: Any, known: dict[str, type]) -> None:
+def _check(path: str, name: str, value: Any, known: dict[str, Any]) -> None:
     if name not in known:
         raise _wrong(path, f"has the unknown key {name!r}")
-    allowed = (int, float) if known[name] is float else (known[name],)
+    allowed: Any = (int, float) if known[name] is float else (known[name],)
     if isinstance(value, bool) or not isinstance(value, allowed):
         raise _wrong(path, f"{name} is {value!r}, not {known[name].__name__}")
-    if name in _LIMITS and not _LIMITS[name][0] <= value <= _LIMITS[name][1]:
+    if name in _LIMITS and not _LIMITS[name][0] <= float(value) <= _LIMITS[name][1]:
         raise _wrong(path, f"{name} is {value}, not from {_LIMITS[name][0]} to {_LIMITS[name][1]}")
 
 
