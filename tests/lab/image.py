@@ -13,7 +13,7 @@ import shutil
 import subprocess
 import tarfile
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -33,7 +33,8 @@ PACKAGES = (
 # Units that cost boot time, or that touch the disks behind a test's back.
 MASKED_UNITS = (
     "apt-daily.timer apt-daily-upgrade.timer dpkg-db-backup.timer e2scrub_all.timer "
-    "e2scrub_reap.service fstrim.timer systemd-tmpfiles-clean.timer getty@tty1.service "
+    "xfs_scrub_all.timer e2scrub_reap.service fstrim.timer systemd-tmpfiles-clean.timer "
+    "getty@tty1.service "
     "smartmontools.service mdmonitor.service mdmonitor-oneshot.timer mdcheck_start.timer "
     "mdcheck_continue.timer lvm2-monitor.service blk-availability.service "
     "nvmf-autoconnect.service nvmefc-boot-connections.service "
@@ -168,23 +169,52 @@ def recipe_hash(name: str, public_key: str) -> str:
     return digest.hexdigest()[:16]
 
 
-def ensure_image(name: str, say: Callable[[str], None] = lambda text: None) -> Image:
-    """Return the image called ``name`` (a key of ``SUITES``), built first if it is not cached.
-
-    Two builders do not collide: the second waits for the first and finds its image.
-    ``say`` is told when a build starts. Raises LabError with the builder's last output.
-    """
-    if name not in SUITES:
-        raise LabError(f"no image called {name!r}: choose one of {', '.join(sorted(SUITES))}")
+def image_path(name: str) -> Path:
+    """Return where the image called ``name`` is, or would be, in the cache."""
     public_key = ssh_key().with_suffix(".pub").read_text("ascii")
     images = cache_dir() / "images"
     images.mkdir(exist_ok=True)
-    path = images / f"{name}-{recipe_hash(name, public_key)}"
-    with locked(images / f"{name}.lock"):
+    return images / f"{name}-{recipe_hash(name, public_key)}"
+
+
+def ensure_image(
+    name: str, say: Callable[[str], None] = lambda text: None, force: bool = False
+) -> Image:
+    """Return the image called ``name`` (a key of ``SUITES``), built first if it is not cached.
+
+    Two builders do not collide: the second waits for the first and finds its image.
+
+    Args:
+        name: the image.
+        say: is told when a build starts.
+        force: build it again, for newer packages; no machine may be using it.
+
+    Raises:
+        LabError: there is no such image, or the build fails; with its last output.
+    """
+    if name not in SUITES:
+        raise LabError(f"no image called {name!r}: choose one of {', '.join(sorted(SUITES))}")
+    path = image_path(name)
+    with locked(path.parent / f"{name}.lock"):
+        if force:
+            shutil.rmtree(path, ignore_errors=True)
         if not path.exists():
             say(f"building {name} in {path}")
-            build(name, path, public_key)
+            build(name, path, ssh_key().with_suffix(".pub").read_text("ascii"))
     return Image(name, path)
+
+
+def prune_images(used: Iterable[Path] = ()) -> list[Path]:
+    """Remove cached images that are not ``used`` and that ensure_image() would not return.
+
+    Returns what was removed.
+    """
+    current = {*used, *(image_path(name) for name in SUITES)}
+    found = (cache_dir() / "images").glob("[!.]*/")
+    old = [path for path in found if path.is_dir() and path not in current]
+    for path in old:
+        shutil.rmtree(path)
+    return old
 
 
 def build(name: str, path: Path, public_key: str) -> None:

@@ -9,21 +9,23 @@ import atexit
 import contextlib
 import fcntl
 import json
+import os
 import shlex
 import shutil
 import socket
 import subprocess
+import sys
 import tempfile
 import time
 import uuid
 import weakref
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from .accel import QEMU, accelerator
-from .disk import AHCI_PORTS, Disk, device, protocol_node, raw_node
+from .disk import AHCI_PORTS, SECTOR_BYTES, Disk, device, protocol_node, raw_node
 from .faults import Fault, rules, without
 from .image import ROOT_LABEL, SUITES, Image, ensure_image
 from .paths import LabError, machines_dir, ssh_key
@@ -60,6 +62,27 @@ left=$(dmsetup info -c --noheadings -o name,open 2>/dev/null | grep -v '^No devi
 ! grep -E ' /mnt(/| )' /proc/mounts >&2
 """
 
+# One O_DIRECT request in the guest: path, action, sector, count; data on standard input.
+DIRECT_IO = r"""
+import mmap, os, sys
+path, action, sector, count = sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4])
+try:
+    device = os.open(path, os.O_RDWR | os.O_DIRECT)
+    if action == "flush":
+        os.fsync(device)
+        sys.exit(0)
+    buffer = mmap.mmap(-1, count * 512)
+    if action == "write":
+        buffer.write(sys.stdin.buffer.read())
+        done = os.pwritev(device, [buffer], sector * 512)
+    else:
+        done = os.preadv(device, [buffer], sector * 512)
+        sys.stdout.buffer.write(buffer[:done])
+    sys.exit("short" if done != count * 512 else 0)
+except OSError as error:
+    sys.exit("errno %d" % error.errno)
+"""
+
 
 class CommandFailed(LabError):
     """A command in the guest ended with an error; ``result`` has all of its output."""
@@ -92,6 +115,7 @@ class GuestDisk:
     def __init__(self, machine: Machine, spec: Disk, image: Path, extra: bool) -> None:
         self._machine = machine
         self._layer = 0
+        self.server: Process | None = None
         self.spec = spec
         self.image = image
         self.extra = extra
@@ -146,6 +170,33 @@ class GuestDisk:
             faults = without(faults, start, count)
         self._set(faults)
 
+    def read(self, sector: int, count: int) -> bytes:
+        """Read sectors in the guest with O_DIRECT, whole logical blocks.
+
+        Raises:
+            OSError: with the errno that the guest's read got.
+        """
+        return self._direct("read", sector, count, b"")
+
+    def write(self, sector: int, data: bytes) -> None:
+        """Write sectors in the guest with O_DIRECT; not flushed. Raises OSError as read()."""
+        self._direct("write", sector, len(data) // SECTOR_BYTES, data)
+
+    def flush(self) -> None:
+        """Flush the disk's write cache from the guest. Raises OSError as read()."""
+        self._direct("flush", 0, 0, b"")
+
+    def _direct(self, action: str, sector: int, count: int, data: bytes) -> bytes:
+        command = ["python3", "-c", DIRECT_IO, self.path, action, str(sector), str(count)]
+        done = self._machine.run_bytes(command, data)
+        words = done.stderr.decode("utf-8", errors="replace").split()
+        if words[:1] == ["errno"]:
+            number = int(words[1])
+            raise OSError(number, os.strerror(number), self.path)
+        if done.returncode:
+            raise LabError(f"disk {self.name}: {action} failed: {' '.join(words)}")
+        return done.stdout
+
     def _set(self, faults: list[Fault]) -> None:
         if self._machine.running:
             self.load(faults)
@@ -187,6 +238,7 @@ class GuestDisk:
             "image": str(self.image),
             "extra": self.extra,
             "layer": self._layer,
+            "server": asdict(self.server) if self.server else None,
             "faults": [asdict(fault) for fault in self.faults],
         }
 
@@ -195,12 +247,21 @@ class GuestDisk:
         """Return the disk that to_dict() described."""
         disk = cls(machine, Disk(**data["spec"]), Path(data["image"]), data["extra"])
         disk._layer = data["layer"]
+        if data["server"]:
+            disk.server = Process(**data["server"])
         disk.faults = [Fault(**fault) for fault in data["faults"]]
         return disk
 
     def forget_layers(self) -> None:
         """Note that QEMU has ended, and its nodes with it."""
         self._layer = 0
+
+    def end_server(self) -> None:
+        """End the server of a volatile disk."""
+        if self.server is not None:
+            self.server.kill()
+            self.server.wait(30)
+            self.server = None
 
 
 class Machine:
@@ -279,7 +340,9 @@ class Machine:
         """
         if self.running:
             raise LabError(f"machine {self.name} runs already")
-        first = not self.directory.exists()
+        first = self.sockets is None
+        if first and self.directory.exists():
+            raise LabError(f"a machine {self.name} is there: kill it or choose another name")
         try:
             if first:
                 self._create()
@@ -310,13 +373,43 @@ class Machine:
         self._end_qemu()
 
     def power_cut(self) -> None:
-        """End QEMU by SIGKILL, as if the power had failed; restart() boots again."""
+        """End QEMU by SIGKILL, as if the power had failed; restart() boots again.
+
+        Disks with ``cache="volatile"`` lose unflushed writes; their images are settled when
+        this returns. The others keep all that QEMU has acknowledged.
+        """
         self._require_running()
         self._end_qemu()
+        for disk in self.disks.values():
+            if disk.server is not None:
+                self._settle(disk)
+
+    def _settle(self, disk: GuestDisk) -> None:
+        """Wait until a volatile disk's server has dealt with the end of QEMU's connection."""
+        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as link:
+            link.settimeout(60)
+            link.connect(self._nbd_socket(disk))
+            link.recv(1)
+
+    def _start_server(self, disk: GuestDisk, begin: float) -> None:
+        """Start the server of a volatile disk, unless it runs."""
+        if disk.spec.cache != "volatile" or (disk.server is not None and disk.server.alive()):
+            return
+        path = Path(self._nbd_socket(disk))
+        path.unlink(missing_ok=True)
+        log = self.directory / f"{disk.name}.log"
+        command = [sys.executable, str(Path(__file__).with_name("volatile.py"))]
+        command += ["--socket", str(path), "--image", str(disk.image)]
+        command += ["--block", str(disk.spec.block)]
+        command += ["--survive", str(disk.spec.survive), "--seed", str(disk.spec.seed)]
+        server = disk.server = spawn(command, self.directory, log, self.detached)
+        self._poll(begin, path.exists, server, log, f"disk {disk.name}'s server")
 
     def close(self) -> None:
         """End QEMU and remove everything that belongs to the machine, but not given images."""
         self._end_qemu()
+        for disk in self.disks.values():
+            disk.end_server()
         if self.sockets is not None:
             shutil.rmtree(self.sockets, ignore_errors=True)
         shutil.rmtree(self.directory, ignore_errors=True)
@@ -349,7 +442,7 @@ class Machine:
     def _create(self) -> None:
         """Make the machine's directory: root disk, data disks, SSH configuration."""
         prune()
-        image = self._ensure_image()
+        image = self.image
         self.directory.mkdir(mode=0o700)
         self._hold()
         self.sockets = Path(tempfile.mkdtemp(prefix="dmlab-"))
@@ -369,7 +462,9 @@ class Machine:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             _open_machines.add(self)
 
-    def _ensure_image(self) -> Image:
+    @property
+    def image(self) -> Image:
+        """The guest image, built if it is not in the cache."""
         if self._image is None:
             self._image = ensure_image(self._image_name)
         return self._image
@@ -391,6 +486,8 @@ class Machine:
         console = self.directory / "console.log"
         if console.exists():
             console.rename(console.with_suffix(".log.old"))
+        for disk in self.disks.values():
+            self._start_server(disk, begin)
         self.process = spawn(
             self._command(), self.directory, self.directory / "qemu.log", self.detached
         )
@@ -408,14 +505,19 @@ class Machine:
         self.last_boot_seconds = time.monotonic() - begin
         self.save()
 
-    def _wait_for(self, begin: float, condition: Any, what: str) -> None:
-        """Poll ``condition`` until it holds; raise LabError at the deadline or if QEMU ends."""
+    def _wait_for(self, begin: float, condition: Callable[[], bool], what: str) -> None:
+        process = self._require_running()
+        self._poll(begin, condition, process, self.directory / "qemu.log", what)
+
+    def _poll(
+        self, begin: float, condition: Callable[[], bool], process: Process, log: Path, what: str
+    ) -> None:
+        """Wait for ``condition``; raise LabError if ``process`` ends or the boot takes too long."""
         while not condition():
-            if not self.running:
-                log = tail(self.directory / "qemu.log")
+            if not process.alive():
                 raise LabError(
-                    f"machine {self.name}: QEMU ended before {what} was there:\n{log}\n"
-                    f"{self.console_tail()}"
+                    f"machine {self.name}: a process ended before {what} was there:\n"
+                    f"{tail(log)}\n{self.console_tail()}"
                 )
             late = time.monotonic() - begin > self.boot_seconds
             if late or any(text in self.console_tail(3) for text in BOOT_FAILURES):
@@ -436,7 +538,7 @@ class Machine:
 
     def _command(self) -> list[str]:
         """Return QEMU's command line; faults are added before the guest's first instruction."""
-        image = self._ensure_image()
+        image = self.image
         kernel_arguments = (
             f"root=LABEL={ROOT_LABEL} rw console=ttyS0 loglevel=4 net.ifnames=0 mitigations=off "
             f"fsck.mode=skip systemd.machine_id={self.machine_id} systemd.hostname={self.name}"
@@ -456,7 +558,7 @@ class Machine:
         forwards = "".join(
             f",hostfwd=tcp:{ADDRESS}:{host or 0}-:{guest}" for guest, host in self.forwards.items()
         )
-        command += ["-netdev", f"user,id=net,restrict=on{forwards}"]
+        command += ["-netdev", f"user,id=net,ipv6=off,restrict=on{forwards}"]
         command += ["-device", "virtio-net-pci,netdev=net", "-device", "virtio-rng-pci"]
         root = {
             "driver": "qcow2",
@@ -516,6 +618,7 @@ class Machine:
             raise LabError(f"disk {spec.name}: two disks have this name")
         qmp = self.qmp()
         disk = self._add_disk(spec, extra=True)
+        self._start_server(disk, time.monotonic())
         file_node = protocol_node(spec, disk.image, self._nbd_socket(disk))
         qmp.execute("blockdev-add", **file_node)
         qmp.execute("blockdev-add", **raw_node(spec, file_node["node-name"]))
@@ -534,21 +637,26 @@ class Machine:
         qmp.wait_event("DEVICE_DELETED", device=f"disk-{name}")
         for node in disk.nodes():
             qmp.execute("blockdev-del", **{"node-name": node})
+        disk.end_server()
         del self.disks[name]
         if not keep_image and not disk.spec.image:
             disk.image.unlink()
         self.save()
 
     def zero(self, names: Iterable[str]) -> None:
-        """Make the whole content of disks zero; their faults must be healed."""
+        """Make the whole content of disks zero, in an instant; their faults must be healed."""
         disks = [self.disk(name) for name in names]
         if not disks:
             return
         paths = [disk.path for disk in disks]
         self.run(["blockdev", "--flushbufs", *paths])
         for disk in disks:
-            length = f"--length={disk.spec.bytes}"
-            subprocess.run(["fallocate", "--punch-hole", length, disk.image], check=True)
+            if disk.server is not None:
+                self.run(["blkdiscard", "--force", "--zeroout", disk.path])
+                self.run(["blockdev", "--flushbufs", disk.path])
+            else:
+                length = f"--length={disk.spec.bytes}"
+                subprocess.run(["fallocate", "--punch-hole", length, disk.image], check=True)
         self.run(["blockdev", "--flushbufs", *paths])
         self.run(["udevadm", "trigger", "--settle", "--action=change", *paths])
 
@@ -621,7 +729,7 @@ class Machine:
         }
 
     def _write_ssh_config(self) -> None:
-        image = self._ensure_image()
+        image = self.image
         known_hosts = self.directory / "known_hosts"
         known_hosts.write_text(f"dm-remap-lab {image.host_key}\n", "ascii")
         self.ssh_config.write_text(
@@ -691,30 +799,36 @@ class Machine:
             input: what the command reads.
             timeout: seconds; then LabError, with the end of the console.
         """
-        self._require_running()
-        text = command if isinstance(command, str) else shlex.join(command)
         data = input.encode() if isinstance(input, str) else input
-        try:
-            done = subprocess.run(
-                [*self.ssh_command("-T"), "--", text],
-                check=False,
-                capture_output=True,
-                timeout=timeout,
-                **({"stdin": subprocess.DEVNULL} if data is None else {"input": data}),
-            )
-        except subprocess.TimeoutExpired as error:
-            raise LabError(
-                f"machine {self.name}: {text!r} took more than {timeout:.0f} s; the end of its "
-                f"console:\n{self.console_tail()}"
-            ) from error
+        done = self.run_bytes(command, data or b"", timeout)
         result = Result(
             done.returncode,
             done.stdout.decode("utf-8", errors="replace"),
             done.stderr.decode("utf-8", errors="replace"),
         )
         if check and result.rc:
-            raise CommandFailed(text, result)
+            raise CommandFailed(shell_text(command), result)
         return result
+
+    def run_bytes(
+        self, command: Sequence[str] | str, data: bytes = b"", timeout: float = COMMAND_SECONDS
+    ) -> subprocess.CompletedProcess[bytes]:
+        """Run a command in the guest like run(), in bytes and whatever its exit code."""
+        self._require_running()
+        text = shell_text(command)
+        try:
+            return subprocess.run(
+                [*self.ssh_command("-T"), "--", text],
+                check=False,
+                capture_output=True,
+                timeout=timeout,
+                input=data,
+            )
+        except subprocess.TimeoutExpired as error:
+            raise LabError(
+                f"machine {self.name}: {text!r} took more than {timeout:.0f} s; the end of its "
+                f"console:\n{self.console_tail()}"
+            ) from error
 
     def _scp(self, source: str, destination: str) -> None:
         done = subprocess.run(
@@ -746,7 +860,7 @@ class Machine:
         """Write the machine's state, whole or not at all."""
         state = {
             "image": self._image_name,
-            "image_path": str(self._ensure_image().path),
+            "image_path": str(self.image.path),
             "memory_mb": self.memory_mb,
             "cpus": self.cpus,
             "detached": self.detached,
@@ -792,6 +906,11 @@ class Machine:
         for data in state["disks"]:
             machine.disks[data["spec"]["name"]] = GuestDisk.from_dict(machine, data)
         return machine
+
+
+def shell_text(command: Sequence[str] | str) -> str:
+    """Return ``command`` as a text for the guest's shell: a text as it is, arguments quoted."""
+    return command if isinstance(command, str) else shlex.join(command)
 
 
 _open_machines: weakref.WeakSet[Machine] = weakref.WeakSet()
