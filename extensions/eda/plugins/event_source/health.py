@@ -441,8 +441,11 @@ def check_answer(raw: bytes) -> Answer:
     try:
         values = json.loads(raw)
         answer = Answer(
-            *(values[name] for name in ("journal", "cursor", "oldest", "newest")),
-            events=values["events"],
+            values["journal"],
+            values["cursor"],
+            values["oldest"],
+            values["newest"],
+            values["events"],
         )
     except (ValueError, KeyError, TypeError) as error:
         raise BadAnswer(f"not an answer of dm-remapd: {error!r}") from error
@@ -538,14 +541,15 @@ class Follower:
             headers={"Authorization": f"Bearer {token}"},
             timeout=timeout,
         ) as session:
+            # The first answer comes at once, to tell whether the journal is still the same one.
+            wait = 0
             while True:
-                answer = await self._ask(session)
+                answer = await self._ask(session, wait)
                 self._found()
                 await self._take(answer)
+                wait = self._arguments.wait
 
-    async def _ask(self, session: Any) -> Answer:
-        # The first answer comes at once, to tell whether the journal is still the same one.
-        wait = self._arguments.wait if self._cursor.journal else 0
+    async def _ask(self, session: Any, wait: int) -> Answer:
         query = {
             "after": str(self._cursor.position),
             "limit": str(self._arguments.limit),
