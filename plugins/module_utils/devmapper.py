@@ -274,7 +274,8 @@ class DeviceMapper:
         """
         with self._task(_CREATE, name) as task:
             self._check(self._library.dm_task_set_uuid(task, uuid.encode()), name, "name")
-            self._run_with_udev(task, name, "create", private)
+            # Only resume, remove and rename make an event that a cookie could wait for.
+            self._run(task, name, "create")
         try:
             self.load(name, segments)
             with self._task(_RESUME, name) as task:
