@@ -151,9 +151,11 @@ class Survey:
 
     @property
     def empty(self) -> bool:
-        """Nothing that is or was a copy; slots that cannot be read do not count."""
-        nothing = {Diagnosis.MAGIC, Diagnosis.UNREADABLE}
-        return not self.copies and all(copy.diagnosis in nothing for copy in self.failed)
+        """No slot holds anything of ours; a slot that cannot be read might."""
+        return not self.copies and all(
+            copy.diagnosis is Diagnosis.MAGIC or copy.sector + HEADER_SECTORS > self.sectors
+            for copy in self.failed
+        )
 
     @property
     def target_uuid(self) -> uuid.UUID | None:
@@ -617,7 +619,7 @@ class _Slots:
         message = f"sector {sector}: {error}"
         self.failed.append(FailedCopy(index, sector, Diagnosis.UNREADABLE, message))
         try:
-            # An old copy that stays readable would look like a dropped write later.
+            # An old copy that stays readable would be chosen if all others were lost.
             self.device.write(sector, bytes(HEADER_BYTES))
         except OSError:
             return
@@ -844,8 +846,8 @@ def _note_unwritten(slots: _Slots, good: Collection[int]) -> None:
 def wipe(device: Device, seen: Survey) -> tuple[int, ...]:
     """Overwrite every slot, so that no later survey finds a copy. Far slots go first.
 
-    Slots are those that `seen` found, and those of every size that a valid header gave, so that a
-    device that is no spare is not touched.
+    Slots are the near ones, those of every size that a valid header gave, and those that hold or
+    may hold a copy. An empty device is not touched.
 
     Args:
         device: open for writing.
@@ -860,11 +862,8 @@ def wipe(device: Device, seen: Survey) -> tuple[int, ...]:
     if seen.empty:
         return ()
     far = {sector for size in seen.sizes for sector in _far_sectors(size)}
-    far |= {
-        copy.sector
-        for copy in seen.failed
-        if copy.diagnosis not in (Diagnosis.MAGIC, Diagnosis.UNREADABLE)
-    } - set(NEAR_SECTORS)
+    far |= {copy.sector for copy in seen.failed if copy.diagnosis is not Diagnosis.MAGIC}
+    far -= set(NEAR_SECTORS)
     # While near copies are left they tell where the far ones are.
     sectors = (*sorted(far, reverse=True), *reversed(NEAR_SECTORS))
     wiped = []
