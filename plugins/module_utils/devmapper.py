@@ -102,16 +102,6 @@ class _DmVersions(ctypes.Structure):
     _fields_ = [("next", ctypes.c_uint32), ("version", ctypes.c_uint32 * 3)]
 
 
-_LogFunction = ctypes.CFUNCTYPE(
-    None, ctypes.c_int, ctypes.c_char_p, ctypes.c_int, ctypes.c_int, ctypes.c_char_p
-)
-
-
-@_LogFunction
-def _discard_log(level: int, file: bytes, line: int, code: int, text: bytes) -> None:
-    """Keep libdevmapper off stderr: errors are raised with the errno instead."""
-
-
 def _load_library() -> Any:
     try:
         library = ctypes.CDLL("libdevmapper.so.1.02.1", use_errno=True)
@@ -161,7 +151,10 @@ def _load_library() -> Any:
         function = getattr(library, name)
         function.restype = result
         function.argtypes = arguments
-    library.dm_log_with_errno_init(ctypes.cast(_discard_log, ctypes.c_void_p))
+    # Errors are raised with their errno, so the library need not print them. A function of libc
+    # that ignores its arguments serves as the log, because the library also logs when the process
+    # ends, where calling into Python would crash.
+    library.dm_log_with_errno_init(ctypes.cast(ctypes.CDLL(None).getpid, ctypes.c_void_p))
     return library
 
 

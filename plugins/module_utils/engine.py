@@ -370,7 +370,7 @@ class Engine:
         self._mapper.remove(plan.name)
 
     def _do_thaw(self, plan: Plan, action: planner.Action) -> None:
-        self._thaw(plan.name)
+        self._end_freeze(plan.name)
 
     # Remapping
 
@@ -443,15 +443,18 @@ class Engine:
             salvage_seconds = time.monotonic() - begun
 
             paused = time.monotonic()
+            chunks = [work.extent.logical for work in works]
             try:
-                self._freeze(target, [work.extent.logical for work in works])
+                self._freeze(target, chunks)
                 self._catch_up(works, metadata, name, main, spares)
                 new = self._next(metadata, works)
                 self._commit(plan.spares, metadata, new)
                 self._step("committed")
-            finally:
-                # Whatever happened, the metadata on the spares says where the chunks are now.
-                self._thaw(name)
+                self._thaw(target, new, chunks)
+            except BaseException:
+                # Only the metadata on the spares can say now where the chunks are.
+                self._end_freeze(name)
+                raise
             pause_seconds = time.monotonic() - paused
             self._verify(name, works, metadata)
         self._backup(new)
@@ -571,7 +574,7 @@ class Engine:
 
     def _written_blocks(self, name: str, region: str) -> list[int]:
         # Each line is "start+length" and counters; the fifth counter is "writes completed"
-        # (Documentation/admin-guide/device-mapper/statistics.rst, Documentation/admin-guide/iostats.rst).
+        # (Linux: Documentation/admin-guide/device-mapper/statistics.rst and iostats.rst).
         lines = self._mapper.message(name, f"@stats_print {region}").splitlines()
         return [index for index, line in enumerate(lines) if int(line.split()[5])]
 
@@ -598,37 +601,40 @@ class Engine:
         if current is None:
             self._backup(new)
 
-    def _thaw(self, name: str) -> None:
-        """End a freeze: frozen chunks go to where the metadata on the spares has them."""
+    def _end_freeze(self, name: str) -> None:
+        """End a freeze that was interrupted, as the metadata on the spares has it."""
         frozen = self._mapper.info(_frozen_name(name))
         if frozen is None:
             return
         target = self.require(name)
-        metadata = target.metadata
-        for info in (spare.candidate.info for spare in target.spares):
-            if info.path in set(target.choice.damaged) | set(target.choice.stale):
-                upkeep = planner.plan_upkeep(target)
-                self._do_repair_metadata(upkeep, planner.Action("repair_metadata", info.path))
+        # A generation that was begun must be on all copies before its mapping is used.
+        for action in planner.plan_upkeep(target).actions:
+            if action.kind == "repair_metadata":
+                self._do_repair_metadata(planner.plan_upkeep(target), action)
+        chunk_sectors = target.metadata.config["chunk_sectors"]
+        chunks = _held_chunks(target, frozen.devno, chunk_sectors)
+        self._thaw(target, target.metadata, chunks)
+
+    def _thaw(self, target: ActiveTarget, metadata: Metadata, chunks: Sequence[int]) -> None:
+        """Let I/O to the frozen ``chunks`` go to where ``metadata`` has them."""
+        name, frozen = target.device.name, _frozen_name(target.device.name)
         chunk_sectors = metadata.config["chunk_sectors"]
         sectors = metadata.config["main"]["sectors"]
         spares = {spare.index: spare.devno for spare in target.spares}
-        chunks = _held_chunks(target, frozen.devno, chunk_sectors)
-        main = self._main_of(target, frozen.name)
+        main = self._main_of(target, frozen)
         if chunks:
             places = {
                 chunk: _place(metadata, chunk, main, spares, chunk_sectors) for chunk in chunks
             }
-            self._mapper.load(
-                frozen.name, mapping.frozen_table(chunks, sectors, chunk_sectors, places)
-            )
+            self._mapper.load(frozen, mapping.frozen_table(chunks, sectors, chunk_sectors, places))
         self._step("thaw_loaded")
-        self._mapper.swap(frozen.name)
+        self._mapper.swap(frozen)
         self._step("thawed")
         table = mapping.build_table(sectors, chunk_sectors, main, metadata.extents, spares)
         self._mapper.load(name, table)
         self._mapper.swap(name)
         self._step("swapped")
-        self._mapper.remove_unannounced(frozen.name)
+        self._mapper.remove_unannounced(frozen)
         self._step("frozen_removed")
 
     def _main_of(self, target: ActiveTarget, frozen: str) -> str:
