@@ -167,11 +167,6 @@ class Survey:
         """The spare that the device is; None without copies or when contested."""
         return self.claims[0][1] if self.claims and not self.contested else None
 
-    @property
-    def newest(self) -> Copy | None:
-        """The valid copy of the highest generation, timestamp, then lowest index."""
-        return max(self.copies, key=_rank, default=None)
-
 
 @dataclass(frozen=True)
 class Choice:
