@@ -60,6 +60,7 @@ class Question:
     Args:
         target: the target.
         reads: ranges (start, count) in the target's sectors whose reads failed.
+        beside: ranges whose reads failed together with a sector that is known to be bad.
         writes: the same for writes.
         others: what failed without telling of a sector, as (operation, errno).
         requests: number of failed requests in all.
@@ -68,6 +69,7 @@ class Question:
 
     target: Guarded
     reads: Sequence[tuple[int, int]]
+    beside: Sequence[tuple[int, int]]
     writes: Sequence[tuple[int, int]]
     others: Sequence[tuple[str, int]]
     requests: int
@@ -105,7 +107,10 @@ class Watcher:
     def question(self, target: Guarded, observations: Iterable[Observation]) -> Question | None:
         """Return what to ask the disk, or None if the failures tell nothing new of this target."""
         memory = self._memory(target.name)
+        now = self._clock()
+        known = _current(memory.reported.get(READ, []), now)
         reads: list[tuple[int, int]] = []
+        beside: list[tuple[int, int]] = []
         writes: list[tuple[int, int]] = []
         others: list[tuple[str, int]] = []
         requests, first_errno = 0, 0
@@ -119,21 +124,21 @@ class Watcher:
             requests += item.times
             first_errno = first_errno or error.errno
             if error.operation == READ and error.errno in _PROBE_ERRORS:
-                reads += where
+                familiar = subtract_ranges(where, known) != where
+                (beside if familiar else reads).extend(where)
             elif error.operation == WRITE and error.errno in MEDIUM_ERRORS:
                 writes += where
             else:
                 others.append((error.operation, error.errno))
-        now = self._clock()
-        known = _current(memory.reported.get(READ, []), now)
         probed = _current(memory.probed, now)
         reads = subtract_ranges(reads, [*known, *probed])
+        beside = subtract_ranges(beside, [*known, *probed, *reads])
         writes = subtract_ranges(writes, _current(memory.reported.get(WRITE, []), now))
         # A device that is gone fails our own reads too; asking again at once would never end.
-        if now < memory.lost_until or not (reads or writes or others):
+        if now < memory.lost_until or not (reads or beside or writes or others):
             memory.merged += requests
             return None
-        return Question(target, reads, writes, others, requests, first_errno)
+        return Question(target, reads, beside, writes, others, requests, first_errno)
 
     def drafts(self, question: Question, answer: Answer, device: str) -> list[Draft]:
         """Return the new events.
@@ -148,6 +153,8 @@ class Watcher:
         if answer.state is not DeviceState.LIVE or not answer.alive:
             return self._lost(question, answer, device)
         memory.conditions.pop(events.DEVICE_LOST, None)
+        asked = merge_sectors([*question.reads, *question.beside])
+        probed = subtract_ranges(asked, answer.result.unread)
         suspect_reads = subtract_ranges(question.reads, answer.result.unread)
         found: list[Draft] = []
         bad = _within(answer.result.bad, question.target)
@@ -160,7 +167,7 @@ class Watcher:
                     device,
                     READ,
                     tuple(bad),
-                    tuple(suspect_reads),
+                    tuple(probed),
                     answer.result.errno or question.errno,
                 )
             )
@@ -195,7 +202,7 @@ class Watcher:
         found += self._others(question, device)
         until = self._clock() + self._patience.settle
         memory.probed = [item for item in memory.probed if item[0] > self._clock()] + [
-            (until, item) for item in suspect_reads
+            (until, item) for item in probed
         ]
         return self._counted(found, question)
 
@@ -309,8 +316,9 @@ def ask(
         return Answer(found, False, nothing)
     end = clock() + seconds
     try:
-        result = probe(main, question.reads, unit, lambda: clock() < end)
-        avoid = [*question.reads, *question.writes]
+        asked = [*question.reads, *question.beside]
+        result = probe(main, asked, unit, lambda: clock() < end)
+        avoid = [*asked, *question.writes]
         needs_control = bool(avoid) and not result.readable
         alive = not needs_control or answers(main, avoid, unit)
     finally:

@@ -133,6 +133,13 @@ def test_a_second_bad_sector_beside_a_known_one_is_told_later():
     assert only(scene.fail(("read", 0, 64))).sectors == ((30, 1),)
 
 
+def test_good_sectors_that_failed_beside_a_known_bad_one_are_no_news():
+    scene = Scene({20})
+    scene.fail(("read", 20, 1))
+    assert scene.fail(("read", 0, 64)) == []
+    assert only(scene.fail(("read", 200, 64))).type == events.TRANSIENT_ERROR
+
+
 def test_a_remapped_place_tells_nothing():
     scene = Scene({20})
     scene.target = replace(TARGET, live=((0, 16), (32, 8160)))
