@@ -1,0 +1,193 @@
+# GNU General Public License v3.0+ (see LICENSES/GPL-3.0-or-later.txt or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+# Copyright: dm_remap.storage contributors
+"""Power cuts at every step of a remap.
+
+Several targets share a guest, each with disks of its own. Before a cut every one of them has a
+remap that waits at a step, so that one boot serves as many steps as there are targets. The disks
+have write caches that lose what was not flushed: all of it, or each block by chance.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+
+from tests.lab import Disk, Machine
+from tests.vm.guest import Guest
+
+TARGETS = 8
+MAIN_SECTORS = 8192
+CHUNK_SECTORS = 128
+LOST_OFFSET = 40
+# Parts of the unflushed blocks that outlive a cut: on a target's first spare, which gets the
+# data, and on its second.
+SURVIVAL = [(0.0, 0.5), (0.5, 0.0)]
+
+
+@dataclass
+class Guarded:
+    """A target, and what the test knows of it."""
+
+    index: int
+    generation: int = 1
+    chunks: set[int] = field(default_factory=set)
+    changed: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def name(self) -> str:
+        return f"guarded{self.index}"
+
+    @property
+    def disks(self) -> list[Disk]:
+        first, second = SURVIVAL[self.index % 2]
+        spare = {"size": "22M", "interface": "scsi", "cache": "volatile"}
+        return [
+            Disk(f"main{self.index}", size=MAIN_SECTORS * 512, cache="volatile"),
+            Disk(f"first{self.index}", survive=first, seed=self.index, **spare),  # type: ignore[arg-type]
+            Disk(f"second{self.index}", survive=second, seed=self.index, **spare),  # type: ignore[arg-type]
+        ]
+
+    def places(self) -> dict[str, Any]:
+        main, *spares = (disk.path for disk in self.disks)
+        return {"name": self.name, "main": main, "spares": spares, "seed": self.index}
+
+
+def chunk_of(turn: int) -> int:
+    """The chunk that is remapped in a turn; every other one, so that neighbours stay on main."""
+    return 3 + 2 * turn
+
+
+def lost_sector(turn: int) -> int:
+    return chunk_of(turn) * CHUNK_SECTORS + LOST_OFFSET
+
+
+TURNS = (MAIN_SECTORS // CHUNK_SECTORS - 4) // 2
+
+
+@pytest.fixture
+def guarded() -> list[Guarded]:
+    """The targets."""
+    return [Guarded(index) for index in range(TARGETS)]
+
+
+@pytest.fixture
+def cut(lab_image: str, guarded: list[Guarded]) -> Iterator[Machine]:
+    """A machine of the test's own, with the disks of all targets."""
+    disks = [disk for target in guarded for disk in target.disks]
+    with Machine(image=lab_image, disks=disks, memory_mb=768) as machine:
+        yield machine
+
+
+def turns(steps: list[str], walk: int) -> list[list[str]]:
+    """The steps in groups, one for each turn.
+
+    From one walk to the next every step moves on by one target, so that it meets the other
+    survival of unflushed blocks.
+    """
+    padded = [*steps, *steps[: -len(steps) % TARGETS]]
+    groups = [padded[start : start + TARGETS] for start in range(0, len(padded), TARGETS)]
+    shift = walk % TARGETS
+    return [group[-shift:] + group[:-shift] if shift else group for group in groups]
+
+
+def cut_power(machine: Machine, targets: list[Guarded], steps: list[str], turn: int) -> None:
+    """Let a remap of each target come to its step, cut the power, boot again."""
+    jobs = [
+        {"name": target.name, "start": chunk_of(turn) * CHUNK_SECTORS, "step": step}
+        for target, step in zip(targets, steps)
+    ]
+    running = Guest(machine).begin("stay", jobs=jobs)
+    try:
+        running.next()
+        machine.power_cut()
+    finally:
+        running.forget()
+    machine.restart()
+
+
+def check(target: Guarded, result: dict[str, Any], steps: list[str]) -> None:
+    """One whole generation, old or new, and the data that belongs to it."""
+    told = f"{target.name} after {result['step']}: {result}"
+    old = {
+        "generation": target.generation,
+        "remapped": False,
+        "lost": False,
+        "extents": len(target.chunks),
+    }
+    new = {
+        "generation": target.generation + 1,
+        "remapped": True,
+        "lost": True,
+        "extents": len(target.chunks) + 1,
+    }
+    position = steps.index(result["step"])
+    for found in (*result["alone"], result["together"]):
+        assert found in (old, new), told
+    if position >= steps.index("committed"):
+        assert result["alone"] == [new, new], told
+    first_copy = next(step for step in steps if step.endswith("/written"))
+    if position < steps.index(first_copy):
+        assert result["alone"] == [old, old], told
+    assert result["active"]["generation"] == result["together"]["generation"], told
+    assert result["active"]["damaged"] == 0, told
+    assert result["again"] == [], told
+    assert result["wrong"] == [], told
+    assert not result["frozen"], told
+    assert result["end"]["generation"] == target.generation + 1, told
+
+
+def walk(machine: Machine, targets: list[Guarded], walks: int) -> list[dict[str, Any]]:
+    """Cut the power at every step, ``walks`` times over; what was found after each cut."""
+    guest = Guest(machine)
+    for target in targets:
+        lost = [(lost_sector(turn), 1) for turn in range(TURNS)]
+        guest.call("prepare", **target.places(), sectors=MAIN_SECTORS)
+        machine.disk(f"main{target.index}").fail(lost, op="read")
+    steps = guest.call("steps", name=targets[0].name, chunk=0)
+    targets[0].chunks.add(0)
+    targets[0].generation += 1
+    found = []
+    groups = [group for number in range(walks) for group in turns(steps, number)]
+    for turn, group in enumerate(groups):
+        cut_power(machine, targets, group, turn)
+        asked = [
+            {
+                **target.places(),
+                "chunk": chunk_of(turn),
+                "chunk_sectors": CHUNK_SECTORS,
+                "sectors": MAIN_SECTORS,
+                "steps": steps,
+                "step": step,
+                "changed": target.changed,
+                "lost": [
+                    lost_sector(number)
+                    for number in range(TURNS)
+                    if str(lost_sector(number)) not in target.changed
+                ],
+            }
+            for target, step in zip(targets, group)
+        ]
+        for target, result in zip(targets, guest.call("recover", targets=asked)):
+            check(target, result, steps)
+            target.generation += 1
+            target.chunks.add(chunk_of(turn))
+            target.changed.update(result["changed"])
+            found.append(result)
+    assert {result["step"] for result in found} == {*steps}
+    return found
+
+
+@pytest.mark.core
+def test_a_power_cut_at_every_step(cut: Machine, guarded: list[Guarded]) -> None:
+    found = walk(cut, guarded, walks=1)
+    outcomes = {result["together"]["remapped"] for result in found}
+    assert outcomes == {False, True}, "both the old and the new generation must have been met"
+
+
+@pytest.mark.soak
+def test_power_cuts_at_every_step_again_and_again(cut: Machine, guarded: list[Guarded]) -> None:
+    walk(cut, guarded, walks=7)

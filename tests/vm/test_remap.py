@@ -1,0 +1,231 @@
+# GNU General Public License v3.0+ (see LICENSES/GPL-3.0-or-later.txt or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+# Copyright: dm_remap.storage contributors
+"""Remaps on real block devices: bad sectors, load, racing writers, and commands that die."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+
+from tests.lab import Disk, Machine
+from tests.vm.guest import Guest
+
+NAME = "guarded"
+SEED = 7
+CHUNK_SECTORS = 128
+# The pattern covers this much of main, and with it all chunks that a test touches.
+FILLED_SECTORS = 8192
+BAD_SECTOR = 21 * CHUNK_SECTORS + 48
+THOROUGH = {"retries": 4, "backoff": 0.01}
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A main with the spare for it.
+
+    ``errno`` is what QEMU's device gets; ``weak`` is how many requests must fail so that all
+    reads of the first pass do and a retry does not, the kernel's own retries counted.
+    """
+
+    main: str
+    spare: str
+    errno: str
+    weak: int
+    block: int = 512
+
+    @property
+    def block_sectors(self) -> int:
+        return self.block // 512
+
+
+# A chunk of 128 blocks is read 8 times down to the single bad block, one of 16 blocks 5 times.
+# The kernel tries each request to an nvme disk 6 times.
+PAIRS = [
+    Pair("main", "spare", "EIO", 10),
+    Pair("scsi", "spare", "ENODATA", 10),
+    Pair("nvme", "spare", "EIO", 8 * 6 + 8),
+    Pair("main4k", "spare4k", "EIO", 6, block=4096),
+]
+
+
+@pytest.fixture(params=PAIRS, ids=lambda pair: pair.main)
+def pair(request: pytest.FixtureRequest) -> Pair:
+    """Each kind of disk in turn."""
+    return request.param  # type: ignore[no-any-return]
+
+
+@pytest.fixture
+def guest(lab: Machine) -> Guest:
+    """The clean guest with the core in it."""
+    return Guest(lab)
+
+
+def prepare(guest: Guest, main: str, *spares: str, sectors: int = FILLED_SECTORS) -> dict[str, Any]:
+    made: dict[str, Any] = guest.call(
+        "prepare",
+        name=NAME,
+        main=guest.path(main),
+        spares=[guest.path(spare) for spare in spares],
+        seed=SEED,
+        sectors=sectors,
+    )
+    assert made["actions"]
+    assert made["again"] == [], "a second run must plan nothing"
+    return made
+
+
+def remap_bad_sector(guest: Guest, **more: Any) -> dict[str, Any]:
+    done: dict[str, Any] = guest.call(
+        "remap_ranges",
+        name=NAME,
+        seed=SEED,
+        ranges=[(BAD_SECTOR, 1)],
+        patience=THOROUGH,
+        **more,
+    )
+    assert done["generation"] == 2
+    assert done["again"]["chunks"] == [], "a chunk that was remapped is left alone"
+    assert done["chunks"] == [BAD_SECTOR // CHUNK_SECTORS]
+    return done
+
+
+@pytest.mark.core
+def test_a_sector_that_cannot_be_read(guest: Guest, pair: Pair) -> None:
+    prepare(guest, pair.main, pair.spare)
+    guest.machine.disk(pair.main).fail([(BAD_SECTOR, 1)], op="read", errno=pair.errno)
+    done = remap_bad_sector(guest)
+    assert done["report"]["lost"] == [[BAD_SECTOR, pair.block_sectors]]
+    assert done["lost"] == [*range(BAD_SECTOR, BAD_SECTOR + pair.block_sectors)]
+    (chunk,) = done["report"]["chunks"]
+    assert chunk["recovered_first_read"] == CHUNK_SECTORS - pair.block_sectors
+    assert chunk["recovered_on_retry"] == 0
+    assert done["wrong"] == []
+    assert done["written"] == [BAD_SECTOR]
+    assert done["wrong_after_writing"] == [], "a write must heal a lost sector"
+
+
+@pytest.mark.core
+def test_a_sector_that_reads_after_some_tries(guest: Guest, pair: Pair) -> None:
+    prepare(guest, pair.main, pair.spare)
+    disk = guest.machine.disk(pair.main)
+    disk.fail([(BAD_SECTOR, 1)], op="read", errno=pair.errno, times=pair.weak)
+    done = remap_bad_sector(guest)
+    (chunk,) = done["report"]["chunks"]
+    assert chunk["recovered_on_retry"] == pair.block_sectors
+    assert chunk["recovered_first_read"] == CHUNK_SECTORS - pair.block_sectors
+    assert done["report"]["lost"] == []
+    assert done["wrong"] == []
+
+
+@pytest.mark.core
+def test_a_sector_that_cannot_be_written(guest: Guest, pair: Pair) -> None:
+    prepare(guest, pair.main, pair.spare)
+    guest.machine.disk(pair.main).fail([(BAD_SECTOR, 1)], op="write", errno=pair.errno)
+    done = remap_bad_sector(guest, write_first=[BAD_SECTOR], write=[BAD_SECTOR])
+    assert len(done["refused"]) == 1, "the fault must be seen before the remap"
+    assert done["report"]["lost"] == []
+    assert done["wrong"] == []
+    assert done["written"] == [BAD_SECTOR]
+    assert done["wrong_after_writing"] == []
+
+
+@pytest.mark.core
+@pytest.mark.parametrize("filesystem", ["ext4", "xfs"])
+def test_fifty_remaps_under_a_verifying_load(guest: Guest, filesystem: str) -> None:
+    check_load(guest, filesystem, remaps=50, seed=len(filesystem))
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("filesystem", ["ext4", "xfs"])
+@pytest.mark.parametrize("seed", range(5))
+def test_hundreds_of_remaps_under_a_verifying_load(
+    guest: Guest, filesystem: str, seed: int
+) -> None:
+    check_load(guest, filesystem, remaps=300, seed=seed)
+
+
+def check_load(guest: Guest, filesystem: str, remaps: int, seed: int) -> None:
+    # xfs wants 300 MiB and more.
+    size = 320 << 20
+    guest.machine.attach(Disk("large", size=size))
+    prepare(guest, "large", "spare", sectors=0)
+    total = size // 512 // CHUNK_SECTORS
+    chosen = random.Random(seed)
+    # The first chunk holds a superblock; the first tenth is where both filesystems begin to write.
+    places = {0, 1, total - 1} | {*chosen.sample(range(2, total // 10), remaps // 2)}
+    places |= {*chosen.sample([c for c in range(total) if c not in places], remaps - len(places))}
+    chunks = chosen.sample(sorted(places), remaps)
+    done = guest.call("load", name=NAME, filesystem=filesystem, chunks=chunks)
+    assert done["failures"] == {}
+    assert done["check"][0] == 0, done["check"][1]
+    assert done["always_loaded"]
+    assert min(done["runs"].values()) >= 1
+    assert done["lost"] == []
+    assert done["chunks"] == sorted(chunks)
+    assert done["generation"] == 1 + remaps
+    assert done["damaged"] == 0
+    print(filesystem, "fio runs:", done["runs"], "median pause in s:", median(done["pauses"]))
+
+
+def median(values: list[float]) -> float:
+    return sorted(values)[len(values) // 2]
+
+
+@pytest.mark.core
+@pytest.mark.parametrize(("main", "spare"), [("main", "spare"), ("main4k", "spare4k")])
+def test_no_acknowledged_write_is_lost(guest: Guest, main: str, spare: str) -> None:
+    check_race(guest, main, spare, races=10)
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize(("main", "spare"), [("main", "spare"), ("main4k", "spare4k")])
+def test_no_acknowledged_write_is_lost_in_long_races(guest: Guest, main: str, spare: str) -> None:
+    check_race(guest, main, spare, races=200)
+
+
+def check_race(guest: Guest, main: str, spare: str, races: int) -> None:
+    prepare(guest, main, spare, sectors=0)
+    results = guest.call("race", name=NAME, chunks=[3 + 2 * number for number in range(races)])
+    assert results == [{"codes": [0, 0, 0], "lost": [], "remapped": 1}] * races
+
+
+@pytest.mark.core
+def test_a_remap_that_is_killed_after_each_step(guest: Guest) -> None:
+    prepare(guest, "main", "spare", "spare2", sectors=16384)
+    steps = guest.call("steps", name=NAME, chunk=0)
+    assert {"salvaged", "frozen_suspended", "frozen", "committed", "thawed", "verified"} < {*steps}
+    chunks = [3 + 2 * number for number in range(len(steps))]
+    guest.machine.disk("main").fail([(chunk * CHUNK_SECTORS + 40, 1) for chunk in chunks], "read")
+    walked = guest.call(
+        "kill_walk",
+        name=NAME,
+        main=guest.path("main"),
+        spares=[guest.path("spare"), guest.path("spare2")],
+        seed=SEED,
+        steps=steps,
+        first_chunk=chunks[0],
+    )
+    assert [result["step"] for result in walked] == steps
+    first_copy = next(step for step in steps if step.endswith("/written"))
+    for position, result in enumerate(walked):
+        step = result["step"]
+        assert result["wrong"] == [], step
+        assert result["application"] == "0", f"{step}: reader and writer must continue"
+        assert result["again"] == [], step
+        assert not result["interrupted"], step
+        assert result["damaged"] == 0, step
+        # A copy that is whole counts, because the data was there before it.
+        begun = position >= steps.index(first_copy)
+        assert result["remapped"] == begun, step
+        assert result["lost"] == begun, step
+        assert result["generations"] == int(begun), step
+        assert result["chunk_in_the_end"], step
+        held = steps.index("frozen_created") <= position < steps.index("frozen_removed")
+        assert ("thaw" in result["actions"]) == held, step
+        assert (result["left"] != "none") == held, step
+        suspended = steps.index("frozen_suspended") <= position < steps.index("thawed")
+        assert (result["left"] == "suspended") == suspended, step
