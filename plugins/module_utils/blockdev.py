@@ -23,6 +23,7 @@ SECTOR_BYTES = 512
 _BLKGETSIZE64 = 0x80081272
 _BLKSSZGET = 0x1268
 _BLKPBSZGET = 0x127B
+_BLKZEROOUT = 0x127F
 
 _BUFFER_BYTES = 1 << 20
 
@@ -128,6 +129,19 @@ class BlockDevice:
             if put != size:
                 raise OSError(errno.EIO, f"short write: {put} of {size} bytes", self.name)
             position += size
+
+    def zero(self, sector: int, count: int) -> None:
+        """Make ``count`` sectors from ``sector`` on read as zeros; durable only after `flush`.
+
+        The kernel lets the device do it where it can, and writes zeros where it cannot
+        (BLKZEROOUT, linux/fs.h).
+
+        Raises:
+            OSError: the device's own error.
+        """
+        fcntl.ioctl(
+            self._fd, _BLKZEROOUT, struct.pack("QQ", sector * SECTOR_BYTES, count * SECTOR_BYTES)
+        )
 
     def flush(self) -> None:
         """Make all acknowledged writes durable.

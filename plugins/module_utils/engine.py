@@ -291,11 +291,11 @@ class Engine:
             copies.wipe(device, copies.survey(device))
 
     def _do_format_spare(self, plan: Plan, action: planner.Action) -> None:
-        # A zeroed superblock makes the kernel format the tags, after which every data sector
-        # reads as an error until it is written.
+        # With a zeroed superblock the kernel makes a new journal, and with zeroed tags no data
+        # sector has a valid one: each reads as an error until it is written.
         geometry = geometry_of(plan.metadata, _index_of(plan, action.device))
         with self._blocks.BlockDevice(action.device, writable=True) as device:
-            device.write(geometry.tag_start, bytes(8 * SECTOR_BYTES))
+            device.zero(geometry.tag_start, geometry.tag_sectors)
             device.flush()
 
     def _do_activate_spare(self, plan: Plan, action: planner.Action) -> None:
