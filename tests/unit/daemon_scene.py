@@ -32,7 +32,9 @@ FORMS = {
 
 
 def make_tracefs(root: Path) -> None:
-    """Make a folder that looks like tracefs with the daemon's instance in it."""
+    """Make a folder that looks like tracefs with the daemon's instance in it, once."""
+    if root.exists():
+        return
     (root / "events" / "block").mkdir(parents=True)
     instance = root / "instances" / "dm_remap"
     for event, form in FORMS.items():

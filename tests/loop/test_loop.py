@@ -1,0 +1,231 @@
+# Copyright: dm_remap.storage contributors
+# GNU General Public License v3.0+ (see LICENSES/GPL-3.0-or-later.txt or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""From a trace line to the playbook's task: daemon, event source, rulebook and playbook for real.
+
+Only the kernel is missing: the trace is a FIFO, and the task's module is a stand-in.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from dm_remap import credentials
+from tests.unit.daemon_scene import Scene
+
+ROOT = Path(__file__).resolve().parents[2]
+HERE = Path(__file__).resolve().parent
+SECONDS = 120
+
+pytestmark = pytest.mark.loop
+
+
+class Loop:
+    """A controller and a host on this machine."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.host = root / "host"
+        self.record = root / "record"
+        for folder in (self.host, self.record, root / "hosts", root / "inventory"):
+            folder.mkdir()
+        self.scene = Scene(self.host)
+        self.port = 0
+        self.daemon: subprocess.Popen | None = None
+        self.rulebook: subprocess.Popen | None = None
+        self._lay_out_collection()
+        inventory = {
+            "ansible_connection": "local",
+            "ansible_python_interpreter": sys.executable,
+            "ansible_become": False,
+        }
+        (root / "inventory" / "hosts.json").write_text(
+            json.dumps({"all": {"hosts": {"db1": inventory}}})
+        )
+        self.variables = {
+            "dm_remap_hosts_directory": str(root / "hosts"),
+            "dm_remap_cursor_directory": str(root / "cursors"),
+            "drools_db_file_path": str(root / "engine"),
+        }
+
+    def _lay_out_collection(self) -> None:
+        target = self.root / "ansible_collections" / "dm_remap" / "storage"
+        for name in ("meta", "playbooks", "plugins", "extensions/eda"):
+            shutil.copytree(ROOT / name, target / name)
+        shutil.copy(ROOT / "galaxy.yml", target)
+        shutil.copy(HERE / "sectors.py", target / "plugins" / "modules")
+
+    # The host
+
+    def start_daemon(self) -> None:
+        """Start the daemon, at the port of the last time, and let the controller know it."""
+        self.daemon = subprocess.Popen(
+            [sys.executable, str(HERE / "daemon_process.py"), str(self.host), str(self.port)],
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        self.port = int(self.daemon.stdout.readline())
+        entry = {
+            "name": "db1",
+            "url": f"https://localhost:{self.port}",
+            "ca_file": credentials.authority_path(self.scene.settings),
+            "token_file": self.scene.settings.token_file,
+        }
+        (self.root / "hosts" / "db1.json").write_text(json.dumps(entry))
+
+    def kill_daemon(self) -> None:
+        """End the daemon as a power cut would."""
+        self.daemon.kill()
+        self.daemon.wait()
+        self.daemon.stdout.close()
+
+    def fail(self, sector: int) -> None:
+        """Let the kernel report a failed read."""
+        self.scene.fail_read(sector)
+
+    # The controller
+
+    def start_rulebook(self, *options: str) -> None:
+        """Start the rulebook of the collection."""
+        (self.root / "variables.json").write_text(json.dumps(self.variables))
+        bin_directory = str(Path(sys.executable).parent)
+        environment = {
+            **os.environ,
+            "PATH": bin_directory + os.pathsep + os.environ["PATH"],
+            "ANSIBLE_COLLECTIONS_PATH": str(self.root),
+            "DM_REMAP_LOOP_DIRECTORY": str(self.record),
+        }
+        self.log = open(self.root / "rulebook.log", "ab")  # noqa: SIM115
+        self.rulebook = subprocess.Popen(
+            [
+                *("ansible-rulebook", "--rulebook", "dm_remap.storage.heal"),
+                *("--inventory", str(self.root / "inventory")),
+                *("--vars", str(self.root / "variables.json")),
+                *(options or ("--persistence-id", "1")),
+            ],
+            stdout=self.log,
+            stderr=subprocess.STDOUT,
+            env=environment,
+            cwd=self.root,
+            start_new_session=True,
+        )
+
+    def kill_rulebook(self) -> None:
+        """End the rule engine and its playbooks as a power cut would."""
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.rulebook.pid, signal.SIGKILL)
+        self.rulebook.wait()
+        self.log.close()
+
+    def log_text(self) -> str:
+        """Return what the rulebook printed."""
+        return (self.root / "rulebook.log").read_text(errors="replace")
+
+    def close_gate(self) -> None:
+        """Let the playbooks' tasks wait in their middle."""
+        (self.record / "gate").unlink(missing_ok=True)
+        os.mkfifo(self.record / "gate")
+
+    def open_gate(self) -> None:
+        """Let the playbooks' tasks pass."""
+        with contextlib.suppress(FileNotFoundError):
+            (self.record / "gate").unlink()
+        (self.record / "gate").touch()
+
+    def sectors(self, what: str) -> list[int]:
+        """Return the sectors of the calls that were `begun` or `done`, in their order."""
+        path = self.record / what
+        lines = path.read_text().splitlines() if path.exists() else []
+        return [item["start"] for line in lines for item in json.loads(line)["ranges"]]
+
+    def cursor(self) -> int:
+        """Return the event source's cursor, 0 if there is none."""
+        path = self.root / "cursors" / "db1.json"
+        return json.loads(path.read_text())["position"] if path.exists() else 0
+
+    def wait_until(self, condition) -> None:
+        """Poll until a condition holds."""
+        end = time.monotonic() + SECONDS
+        while not condition():
+            if self.rulebook is not None and self.rulebook.poll() is not None:
+                pytest.fail(f"the rulebook ended:\n{self.log_text()}")
+            if time.monotonic() > end:
+                pytest.fail(f"{SECONDS} seconds were not enough:\n{self.log_text()}")
+            time.sleep(0.05)
+
+    def close(self) -> None:
+        """End what still runs."""
+        if self.rulebook is not None:
+            self.kill_rulebook()
+        if self.daemon is not None:
+            self.kill_daemon()
+        self.scene.close()
+
+
+@pytest.fixture
+def loop(tmp_path: Path) -> Iterator[Loop]:
+    made = Loop(tmp_path)
+    yield made
+    made.close()
+
+
+def test_nothing_is_lost_and_nothing_is_done_twice(loop):
+    loop.close_gate()
+    loop.start_daemon()
+    for sector in (100, 200, 300):
+        loop.fail(sector)
+    loop.start_rulebook()
+    # The first playbook is in the middle of its task; the others wait for the host's lock.
+    loop.wait_until(lambda: loop.sectors("begun"))
+    loop.kill_rulebook()
+    assert loop.sectors("done") == []
+
+    # While the controller is away, the host fails on, and its daemon dies too.
+    loop.kill_daemon()
+    loop.fail(400)
+    loop.start_daemon()
+    loop.open_gate()
+    loop.start_rulebook()
+    loop.wait_until(lambda: set(loop.sectors("done")) == {100, 200, 300, 400})
+    assert sorted(loop.sectors("done")) == [100, 200, 300, 400]
+
+    # Another crash in the middle of a task: only that one is done again.
+    loop.close_gate()
+    loop.fail(450)
+    loop.wait_until(lambda: 450 in loop.sectors("begun"))
+    loop.kill_rulebook()
+    loop.fail(500)
+    loop.open_gate()
+    loop.start_rulebook()
+    loop.wait_until(lambda: {450, 500} <= set(loop.sectors("done")))
+    assert sorted(loop.sectors("done")) == [100, 200, 300, 400, 450, 500]
+
+    # The daemon comes back while the rulebook runs, and is followed again.
+    loop.kill_daemon()
+    loop.start_daemon()
+    loop.fail(600)
+    loop.wait_until(lambda: 600 in loop.sectors("done"))
+    assert sorted(loop.sectors("done")) == [100, 200, 300, 400, 450, 500, 600]
+
+
+def test_acknowledgements_without_a_database_are_refused(loop):
+    del loop.variables["drools_db_file_path"]
+    loop.open_gate()
+    loop.start_daemon()
+    loop.fail(100)
+    loop.start_rulebook()
+    assert loop.rulebook.wait(SECONDS) != 0
+    assert "feedback needs persistence" in loop.log_text()
+    assert loop.cursor() == 0
+    assert loop.sectors("begun") == []
