@@ -307,15 +307,33 @@ class DeviceMapper:
         """Drop the inactive table of ``name``."""
         self._simple(_CLEAR, name, "clear the inactive table of")
 
-    def swap(self, name: str) -> None:
+    def swap(self, name: str, events: Any = None) -> None:
         """Make the loaded table live: suspend, swap and resume in one call of the kernel.
 
         In-flight I/O is waited for; a filesystem above is not frozen, because its write-back
         would go through the table that is being replaced.
+
+        Args:
+            name: the mapped device.
+            events: what `events` gave. A device that udev knows needs it, because for an event
+                that nobody waits for libdevmapper makes udev take the device's links away.
         """
         with self._task(_RESUME, name) as task:
             self._library.dm_task_skip_lockfs(task)
+            if events is not None:
+                cookie_set = self._library.dm_task_set_cookie(task, ctypes.byref(events), 0)
+                self._check(cookie_set, name, "announce")
             self._run(task, name, "resume")
+
+    @contextmanager
+    def events(self) -> Iterator[Any]:
+        """Collect the events of swaps, and wait for udev at the end instead of in each swap."""
+        cookie = ctypes.c_uint32(0)
+        try:
+            yield cookie
+        finally:
+            if cookie.value:
+                self._library.dm_udev_wait(cookie)
 
     def suspend(self, name: str) -> None:
         """Hold new I/O to ``name`` and wait for what is in flight; no filesystem freeze."""

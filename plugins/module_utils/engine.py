@@ -425,7 +425,7 @@ class Engine:
         begun = time.monotonic()
         works: list[_Work] = []
         self._drop_statistics(name)
-        with contextlib.ExitStack() as stack:
+        with self._mapper.events() as events, contextlib.ExitStack() as stack:
             stack.callback(self._drop_statistics, name)
             main = stack.enter_context(self._blocks.BlockDevice(target.main.path))
             spares = {
@@ -445,12 +445,12 @@ class Engine:
             paused = time.monotonic()
             chunks = [work.extent.logical for work in works]
             try:
-                self._freeze(target, chunks)
+                self._freeze(target, chunks, events)
                 self._catch_up(works, metadata, name, main, spares)
                 new = self._next(metadata, works)
                 self._commit(plan.spares, metadata, new)
                 self._step("committed")
-                self._thaw(target, new, chunks)
+                self._thaw(target, new, chunks, events)
             except BaseException:
                 # Only the metadata on the spares can say now where the chunks are.
                 self._end_freeze(name)
@@ -504,7 +504,7 @@ class Engine:
         for index in {work.extent.spare for work in works}:
             spares[index].flush()
 
-    def _freeze(self, target: ActiveTarget, chunks: Sequence[int]) -> None:
+    def _freeze(self, target: ActiveTarget, chunks: Sequence[int], events: Any) -> None:
         """Hold all I/O to ``chunks`` on a device of their own, and let the rest of it flow.
 
         A flush to the target waits too, because device-mapper sends it to every segment.
@@ -538,7 +538,7 @@ class Engine:
         )
         self._mapper.load(name, table)
         self._step("freeze_loaded")
-        self._mapper.swap(name)
+        self._mapper.swap(name, events)
         self._step("frozen")
 
     def _catch_up(
@@ -613,9 +613,12 @@ class Engine:
                 self._do_repair_metadata(planner.plan_upkeep(target), action)
         chunk_sectors = target.metadata.config["chunk_sectors"]
         chunks = _held_chunks(target, frozen.devno, chunk_sectors)
-        self._thaw(target, target.metadata, chunks)
+        with self._mapper.events() as events:
+            self._thaw(target, target.metadata, chunks, events)
 
-    def _thaw(self, target: ActiveTarget, metadata: Metadata, chunks: Sequence[int]) -> None:
+    def _thaw(
+        self, target: ActiveTarget, metadata: Metadata, chunks: Sequence[int], events: Any
+    ) -> None:
         """Let I/O to the frozen ``chunks`` go to where ``metadata`` has them."""
         name, frozen = target.device.name, _frozen_name(target.device.name)
         chunk_sectors = metadata.config["chunk_sectors"]
@@ -632,7 +635,7 @@ class Engine:
         self._step("thawed")
         table = mapping.build_table(sectors, chunk_sectors, main, metadata.extents, spares)
         self._mapper.load(name, table)
-        self._mapper.swap(name)
+        self._mapper.swap(name, events)
         self._step("swapped")
         self._mapper.remove_unannounced(frozen)
         self._step("frozen_removed")
