@@ -142,14 +142,18 @@ class Stage:
 
     def deploy(self) -> None:
         """Install the daemon and make the target, with the collection's role and module."""
-        with self._teller.working("ansible-playbook: install the daemon, make the target, mount it"):
+        with self._teller.working(
+            "ansible-playbook: install the daemon, make the target, mount it"
+        ):
             self._ansible("deploy.log", "ansible-playbook", str(HERE / "deploy.yml"))
         self._teller.good(f"/dev/mapper/{TARGET} is mounted on {MOUNT}")
 
     def write_files(self) -> list[Fault]:
         """Write the files of the story and find out where they are on the disk."""
         faults = [
-            Fault("a weak sector, which answers after many tries", "weak.raw", "read", WEAK_READS, 0),
+            Fault(
+                "a weak sector, which answers after many tries", "weak.raw", "read", WEAK_READS, 0
+            ),
             Fault("a sector that cannot be written any more", "worn.raw", "write", None, 0),
             Fault("a dead sector, which nothing can read", "dead.raw", "read", None, 1),
         ]

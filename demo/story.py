@@ -77,7 +77,9 @@ class Teller:
             turn += 1
             passed = time.monotonic() - begun
             if self._terminal:
-                self._out.write(f"\r{self.seconds:7.1f} s  {_FRAMES[turn % 4]} {what} {passed:.0f} s")
+                self._out.write(
+                    f"\r{self.seconds:7.1f} s  {_FRAMES[turn % 4]} {what} {passed:.0f} s"
+                )
             else:
                 self._out.write(f"{self.seconds:7.1f} s  ... {what}, {passed:.0f} s so far\n")
             self._out.flush()

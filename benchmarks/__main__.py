@@ -1,0 +1,85 @@
+# Copyright: dm_remap.storage contributors
+# GNU General Public License v3.0+ (see LICENSES/GPL-3.0-or-later.txt or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""Run the benchmarks in a virtual machine: ``python -m benchmarks``."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+from pathlib import Path
+from typing import Any
+
+from tests.lab import Disk, Machine
+from tests.vm.guest import PLACE, Guest
+
+Row = tuple[str, list[float], float]
+
+
+def main() -> int:
+    """Boot, measure, print."""
+    parser = argparse.ArgumentParser(prog="make bench", description=__doc__)
+    parser.add_argument("--image", default="debian-12", help="the guest: debian-12 or debian-13")
+    parser.add_argument("--rounds", type=int, default=20, help="remaps and commits to measure")
+    parser.add_argument("--json", action="store_true", help="print what was measured as JSON")
+    arguments = parser.parse_args()
+    disks = [Disk("main", size="256M"), Disk("spare", size="256M")]
+    with Machine(image=arguments.image, disks=disks) as machine:
+        guest = Guest(machine)
+        machine.put(Path(__file__).with_name("measure.py"), f"{PLACE}/programs/measure.py")
+        found = guest.call(
+            "measure",
+            main=guest.path("main"),
+            spare=guest.path("spare"),
+            rounds=arguments.rounds,
+        )
+    print(json.dumps(found) if arguments.json else "\n".join(report(found)))
+    return 0
+
+
+def report(found: dict[str, Any]) -> list[str]:
+    """The tables, as lines."""
+    lines = [f"Linux {found['kernel']}, times in ms; ratio of the medians"]
+    write = statistics.median(found["raw_write"])
+    read = statistics.median(found["idle_reads"])
+    lines += table(
+        "Remap of one 64 KiB chunk, beside a reader of 4 KiB blocks (ratio to an idle read)",
+        [
+            ("a read of 4 KiB, idle", found["idle_reads"], read),
+            ("the slowest read beside a remap", found["slowest_reads"], read),
+            ("pause of the chunk and of flushes", found["pauses"], read),
+            ("the whole remap", found["remaps"], read),
+        ],
+    )
+    lines += table(
+        "Metadata commit to one spare, seven copies (ratio to one 4 KiB write and flush)",
+        [("one 4 KiB write and flush", found["raw_write"], write)]
+        + [(f"commit, {count} extents", times, write) for count, times in found["commits"]],
+    )
+    first = statistics.median(found["loads"][0][1])
+    lines += table(
+        "Table load (ratio to the smallest)",
+        [(f"load, {count} extents", times, first) for count, times in found["loads"]],
+    )
+    swap = statistics.median(found["swaps"][0][1])
+    lines += table(
+        "Table swap: suspend, swap, resume (ratio to the smallest)",
+        [(f"swap, {count} extents", times, swap) for count, times in found["swaps"]],
+    )
+    return lines
+
+
+def table(title: str, rows: list[Row]) -> list[str]:
+    """One table: a row has its name, the times in seconds, and the seconds of ratio 1."""
+    lines = ["", title, f"{'':<38}{'min':>10}{'median':>10}{'max':>10}{'ratio':>10}"]
+    for name, times, one in rows:
+        shown = [1000 * value for value in (min(times), statistics.median(times), max(times))]
+        cells = "".join(f"{value:>10.2f}" for value in shown)
+        lines.append(f"{name:<38}{cells}{statistics.median(times) / one:>10.2f}")
+    return lines
+
+
+if __name__ == "__main__":
+    sys.exit(main())
