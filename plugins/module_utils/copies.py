@@ -650,29 +650,59 @@ def _ignore_step(_name: str) -> None:
     return
 
 
-def commit(
+class PreparedCommit:
+    """A commit that was checked and only has to be written; made by `prepare_commit`."""
+
+    def __init__(
+        self, new: Metadata, plans: list[tuple[int, _Slots, tuple[list[int], list[int]]]]
+    ) -> None:
+        self._new = new
+        self._plans = plans
+
+    def write(self, step: Callable[[str], None] = _ignore_step) -> dict[int, Rewrite]:
+        """Write on every device the odd and far copies, flush, then the even ones, flush.
+
+        A copy that cannot be written is reported, not fatal, while each device gets at least one.
+
+        Args:
+            step: called after each single write and flush, as spare0/copy1/written,
+                spare0/first/flushed, spare0/second/flushed.
+
+        Returns:
+            What was done, by position.
+
+        Raises:
+            CommitFailed: a device took no copy or no flush.
+        """
+        for number, phase in enumerate(("first", "second")):
+            for index, slots, batches in self._plans:
+                done = slots.write(batches[number], self._new, _prefixed(step, f"spare{index}"))
+                if number == 0 and not done:
+                    raise CommitFailed(
+                        f"took no copy of generation {self._new.generation}:"
+                        f" {slots.failed[0].message}",
+                        device=slots.device.name,
+                        remedy="replace the spare",
+                    )
+            for index, slots, _batches_of_it in self._plans:
+                slots.flush()
+                step(f"spare{index}/{phase}/flushed")
+        return {index: slots.result() for index, slots, _batches_of_it in self._plans}
+
+
+def prepare_commit(
     devices: Mapping[int, Device],
     current: Metadata | None,
     new: Metadata,
-    step: Callable[[str], None] = _ignore_step,
     stale: Collection[int] = (),
-) -> dict[int, Rewrite]:
-    """Make `new` the generation on all devices, in an order that no crash can break.
-
-    Everything is read back and checked before the first write. Then on every device the odd and
-    far copies are written and flushed, then the even ones. A copy that cannot be written is
-    reported, not fatal, while each device gets at least one.
+) -> PreparedCommit:
+    """Read back and check everything that must hold before `new` is written to all devices.
 
     Args:
         devices: position in new's list of spares to device; a spare that is gone is left out.
         current: the generation that the devices carry; None for a target's first.
         new: a successor of current.
-        step: called after each single write and flush, as spare0/copy1/written,
-            spare0/first/flushed, spare0/second/flushed.
         stale: positions of devices that do not have to carry current: new or returned spares.
-
-    Returns:
-        What was done, by position.
 
     Raises:
         BadMetadata: new is wrong or too large. Nothing was written.
@@ -680,7 +710,6 @@ def commit(
             Nothing was written.
         LostWrite: a device does not carry current any more. Nothing was written.
         NewerFormat: a device carries a copy of a newer format. Nothing was written.
-        CommitFailed: a device took no copy or no flush.
     """
     if not devices:
         raise Refused("no spare to commit to", remedy="attach a spare of the target")
@@ -698,19 +727,21 @@ def commit(
         expected = None if index in stale else current
         good = _read_back(slots, expected, new, new_digest)
         plans.append((index, slots, _batches(good, range(COPIES))))
-    for number, phase in enumerate(("first", "second")):
-        for index, slots, batches in plans:
-            done = slots.write(batches[number], new, _prefixed(step, f"spare{index}"))
-            if number == 0 and not done:
-                raise CommitFailed(
-                    f"took no copy of generation {new.generation}: {slots.failed[0].message}",
-                    device=slots.device.name,
-                    remedy="replace the spare",
-                )
-        for index, slots, _batches_of_it in plans:
-            slots.flush()
-            step(f"spare{index}/{phase}/flushed")
-    return {index: slots.result() for index, slots, _batches_of_it in plans}
+    return PreparedCommit(new, plans)
+
+
+def commit(
+    devices: Mapping[int, Device],
+    current: Metadata | None,
+    new: Metadata,
+    step: Callable[[str], None] = _ignore_step,
+    stale: Collection[int] = (),
+) -> dict[int, Rewrite]:
+    """Make `new` the generation on all devices, in an order that no crash can break.
+
+    The arguments and errors are those of `prepare_commit` and `PreparedCommit.write`.
+    """
+    return prepare_commit(devices, current, new, stale).write(step)
 
 
 def _prefixed(step: Callable[[str], None], prefix: str) -> Callable[[str], None]:

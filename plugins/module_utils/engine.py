@@ -340,7 +340,9 @@ class Engine:
 
     def _do_commit_metadata(self, plan: Plan, action: planner.Action) -> None:
         draft = replace(plan.metadata, timestamp_ns=time.time_ns(), host_id=host_id())
-        self._commit(plan.spares, None, draft)
+        with contextlib.ExitStack() as stack:
+            copies.commit(self._open_members(stack, plan.spares), None, draft, step=self._step)
+        self._backup(draft)
 
     def _do_repair_metadata(self, plan: Plan, action: planner.Action) -> None:
         surveys = {}
@@ -442,13 +444,19 @@ class Engine:
             self._step("data_flushed")
             salvage_seconds = time.monotonic() - begun
 
+            # What can be checked and packed before the pause does not prolong it.
+            members = self._open_members(stack, plan.spares)
+            new = self._next(metadata, works)
+            commit = copies.prepare_commit(members, metadata, new)
+
             paused = time.monotonic()
             chunks = [work.extent.logical for work in works]
             try:
                 self._freeze(target, chunks, events)
-                self._catch_up(works, metadata, name, main, spares)
-                new = self._next(metadata, works)
-                self._commit(plan.spares, metadata, new)
+                if self._catch_up(works, metadata, name, main, spares):
+                    new = self._next(metadata, works)
+                    commit = copies.prepare_commit(members, metadata, new)
+                commit.write(self._step)
                 self._step("committed")
                 self._thaw(target, new, chunks, events)
             except BaseException:
@@ -548,9 +556,12 @@ class Engine:
         name: str,
         main: Any,
         spares: Mapping[int, Any],
-    ) -> None:
-        """Copy the blocks that were written since they were read; nobody can write them now."""
-        touched = set()
+    ) -> bool:
+        """Copy the blocks that were written since they were read; nobody can write them now.
+
+        Returns whether a block that was lost could be read after all.
+        """
+        touched, found = set(), False
         for work in works:
             place, block = _spare_sector(work, metadata), work.salvage.block_sectors
             for index in self._written_blocks(name, work.region):
@@ -565,12 +576,14 @@ class Engine:
                     raise _Dirty([(work.extent.spare, work.extent.physical)]) from error
                 size = block * SECTOR_BYTES
                 work.salvage.data[index * size : (index + 1) * size] = data
+                found = found or work.salvage.outcomes[index] is Outcome.LOST
                 work.salvage.outcomes[index] = Outcome.FIRST_READ
                 spares[work.extent.spare].write(place + index * block, data)
                 touched.add(work.extent.spare)
         for spare in touched:
             spares[spare].flush()
         self._step("caught_up")
+        return found
 
     def _written_blocks(self, name: str, region: str) -> list[int]:
         # Each line is "start+length" and counters; the fifth counter is "writes completed"
@@ -589,17 +602,13 @@ class Engine:
             lost=tuple(LostRange(start, count) for start, count in extents.merge_sectors(lost)),
         )
 
-    def _commit(
-        self, spares: Mapping[int, DeviceInfo], current: Metadata | None, new: Metadata
-    ) -> None:
-        with contextlib.ExitStack() as stack:
-            devices = {
-                index: stack.enter_context(self._blocks.BlockDevice(info.path, writable=True))
-                for index, info in spares.items()
-            }
-            copies.commit(devices, current, new, step=self._step)
-        if current is None:
-            self._backup(new)
+    def _open_members(
+        self, stack: contextlib.ExitStack, spares: Mapping[int, DeviceInfo]
+    ) -> dict[int, Any]:
+        return {
+            index: stack.enter_context(self._blocks.BlockDevice(info.path, writable=True))
+            for index, info in spares.items()
+        }
 
     def _end_freeze(self, name: str) -> None:
         """End a freeze that was interrupted, as the metadata on the spares has it."""

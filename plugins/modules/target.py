@@ -130,7 +130,7 @@ actions:
       device: /dev/mapper/data
       main: /dev/sdb
 target:
-  description: The target after the task; empty when it is absent, and in check mode before it exists.
+  description: The target after the task; empty while there is none.
   returned: always
   type: dict
   sample:
