@@ -7,7 +7,7 @@
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help test lint sanity test-unit test-loop test-vm test-molecule demo bench soak clean \
+.PHONY: help test lint sanity test-unit test-loop test-vm test-vm-13 test-molecule demo bench soak clean \
 	python collection packages-lint packages-rulebook packages-lab
 
 # Extra arguments for pytest, for example: make test-unit ARGS='-k format'
@@ -23,6 +23,7 @@ help:
 	@echo '  make test-unit      the core as plain Python'
 	@echo '  make test-loop      daemon, event source and rulebook on this machine'
 	@echo '  make test-vm        real block devices in a virtual machine'
+	@echo '  make test-vm-13     the core ones of these on Debian 13'
 	@echo '  make test-molecule  the modules and the role through Ansible in a virtual machine'
 	@echo 'make bench          what a remap, a commit and a table load cost'
 	@echo 'make soak           the long tests'
@@ -55,6 +56,9 @@ test-loop: packages-rulebook collection
 
 test-vm: packages-rulebook packages-lab collection
 	@$(PYTEST) tests/vm -m 'not soak' $(ARGS)
+
+test-vm-13: packages-rulebook packages-lab collection
+	@$(PYTEST) tests/vm -m 'core and not soak' --lab-image debian-13 $(ARGS)
 
 test-molecule: packages-lab collection
 	@$(ENVIRONMENT) python tools/run_molecule.py
