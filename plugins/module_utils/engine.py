@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from . import blockdev, copies, extents, mapping, planner
+from . import blockdev, copies, extents, mapping, planner, pool
 from .blockdev import SECTOR_BYTES, DeviceInfo
 from .devmapper import DeviceMapper, Segment, check_name
 from .errors import DmRemapError, Refused
@@ -86,7 +86,7 @@ class RemapReport:
         return [item for chunk in self.chunks for item in chunk.lost]
 
 
-@dataclass
+@dataclass(eq=False)
 class _Work:
     """A chunk on its way to a spare."""
 
@@ -98,7 +98,7 @@ class _Work:
 
 
 class _Dirty(Exception):
-    """A spare chunk holds old data where a lost sector must read as an error."""
+    """A spare chunk holds an old version of a sector that was lost since."""
 
     def __init__(self, places: Sequence[tuple[int, int]]) -> None:
         super().__init__()
@@ -409,7 +409,7 @@ class Engine:
             if not plan.placed:
                 return RemapReport(target.metadata.generation, seconds=time.monotonic() - begun)
             try:
-                report = self._remap(target, plan, patience)
+                report = self._remap(target, plan, patience, avoid)
             except _Dirty as dirty:
                 avoid += dirty.places
                 continue
@@ -421,7 +421,13 @@ class Engine:
             remedy="nothing was changed; try again",
         )
 
-    def _remap(self, target: ActiveTarget, plan: Plan, patience: Patience | None) -> RemapReport:
+    def _remap(
+        self,
+        target: ActiveTarget,
+        plan: Plan,
+        patience: Patience | None,
+        avoid: Sequence[tuple[int, int]],
+    ) -> RemapReport:
         name, metadata = plan.name, target.metadata
         assert target.main is not None
         begun = time.monotonic()
@@ -440,7 +446,7 @@ class Engine:
                 works.append(self._salvage_chunk(metadata, name, extent, main, patience))
                 self._step("salvaged")
             _check_alive(main, works, target.main)
-            self._write_chunks(works, metadata, spares)
+            self._write_chunks(works, target, spares, avoid)
             self._step("data_flushed")
             salvage_seconds = time.monotonic() - begun
 
@@ -494,23 +500,65 @@ class Engine:
         )
 
     def _write_chunks(
-        self, works: Sequence[_Work], metadata: Metadata, spares: Mapping[int, Any]
+        self,
+        works: Sequence[_Work],
+        target: ActiveTarget,
+        spares: Mapping[int, Any],
+        avoid: Sequence[tuple[int, int]],
     ) -> None:
-        dirty = []
-        for work in works:
-            device, place = spares[work.extent.spare], _spare_sector(work, metadata)
-            block = work.salvage.block_sectors
-            for first, count in work.salvage.readable:
-                data = b"".join(work.salvage.block(first + i) for i in range(count))
-                device.write(place + first * block, data)
-            for first, count in work.salvage.runs(Outcome.LOST):
-                if any(_reads(device, place + (first + i) * block, block) for i in range(count)):
-                    dirty.append((work.extent.spare, work.extent.physical))
-                    break
-        if dirty:
-            raise _Dirty(dirty)
-        for index in {work.extent.spare for work in works}:
-            spares[index].flush()
+        """Write what was read, and flush; chunks get other places where theirs will not do.
+
+        A place with old data where a lost sector must read as an error is passed over, and a
+        spare that fails is not used.
+
+        Args:
+            works: the chunks with their first places.
+            target: the target.
+            spares: its open spares by index.
+            avoid: pairs of spare index and chunk that must not be used.
+        """
+        metadata = target.metadata
+        usable = planner.usable_geometries(target)
+        shunned = list(avoid)
+        faults: dict[int, OSError] = {}
+        pending = list(works)
+        while pending:
+            dirty = []
+            for work in pending:
+                index = work.extent.spare
+                try:
+                    if index in usable and not _write_chunk(work, spares[index], metadata):
+                        dirty.append(work)
+                        shunned.append((index, work.extent.physical))
+                except OSError as error:
+                    faults[index] = error
+                    usable.pop(index)
+            for index in {work.extent.spare for work in works} & set(usable):
+                try:
+                    spares[index].flush()
+                except OSError as error:
+                    faults[index] = error
+                    usable.pop(index)
+            pending = [w for w in works if w in dirty or w.extent.spare not in usable]
+            settled = [work.extent for work in works if work not in pending]
+            try:
+                placed = pool.allocate(
+                    [work.extent.logical for work in pending],
+                    usable,
+                    [*metadata.extents, *settled],
+                    shunned,
+                )
+            except Refused as error:
+                for spare in target.spares:
+                    if spare.index in faults:
+                        raise DmRemapError(
+                            f"cannot be written: {faults[spare.index]}",
+                            device=spare.candidate.info.path,
+                            remedy="nothing was changed; replace the spare",
+                        ) from error
+                raise
+            for work, extent in zip(pending, placed):
+                work.extent = extent
 
     def _freeze(self, target: ActiveTarget, chunks: Sequence[int], events: Any) -> None:
         """Hold all I/O to ``chunks`` on a device of their own, and let the rest of it flow.
@@ -615,15 +663,32 @@ class Engine:
         frozen = self._mapper.info(_frozen_name(name))
         if frozen is None:
             return
-        target = self.require(name)
-        # A generation that was begun must be on all copies before its mapping is used.
-        for action in planner.plan_upkeep(target).actions:
-            if action.kind == "repair_metadata":
-                self._do_repair_metadata(planner.plan_upkeep(target), action)
-        chunk_sectors = target.metadata.config["chunk_sectors"]
-        chunks = _held_chunks(target, frozen.devno, chunk_sectors)
-        with self._mapper.events() as events:
-            self._thaw(target, target.metadata, chunks, events)
+        try:
+            target = self.require(name)
+            # A generation that was begun must be on all copies before its mapping is used.
+            for action in planner.plan_upkeep(target).actions:
+                if action.kind == "repair_metadata":
+                    self._do_repair_metadata(planner.plan_upkeep(target), action)
+            chunk_sectors = target.metadata.config["chunk_sectors"]
+            chunks = _held_chunks(target, frozen.devno, chunk_sectors)
+            with self._mapper.events() as events:
+                self._thaw(target, target.metadata, chunks, events)
+        except BaseException:
+            self._fail_frozen(name)
+            raise
+
+    def _fail_frozen(self, name: str) -> None:
+        """Let I/O to frozen chunks fail, because nobody knows where they are and none may hang.
+
+        The frozen device stays, so the next plan tries again to end the freeze.
+        """
+        frozen = _frozen_name(name)
+        device = self._mapper.info(frozen)
+        if device is None or not device.suspended:
+            return
+        held = self._mapper.table(frozen)
+        self._mapper.load(frozen, [Segment(s.start, s.length, "error", "") for s in held])
+        self._mapper.swap(frozen)
 
     def _thaw(
         self, target: ActiveTarget, metadata: Metadata, chunks: Sequence[int], events: Any
@@ -783,6 +848,19 @@ def _place(
         return main, chunk * chunk_sectors
     offset = (extent.physical + chunk - extent.logical) * chunk_sectors
     return spares.get(extent.spare, ""), offset
+
+
+def _write_chunk(work: _Work, device: Any, metadata: Metadata) -> bool:
+    """Write what was read of a chunk; whether its lost blocks read as errors on the spare."""
+    place, block = _spare_sector(work, metadata), work.salvage.block_sectors
+    for first, count in work.salvage.readable:
+        data = b"".join(work.salvage.block(first + i) for i in range(count))
+        device.write(place + first * block, data)
+    return not any(
+        _reads(device, place + (first + i) * block, block)
+        for first, count in work.salvage.runs(Outcome.LOST)
+        for i in range(count)
+    )
 
 
 def _reads(device: Any, sector: int, count: int) -> bool:

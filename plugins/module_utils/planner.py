@@ -265,8 +265,9 @@ def _existing(request: Request, candidates: Sequence[Candidate]) -> copies.Choic
             device=", ".join(marked),
             remedy="give that name, or wipe: true to erase it",
         )
+    unreached = [c.info.path for c in _unreached(choice, candidates).values()]
     unmarked = [c.info.path for c in candidates if c.survey.empty]
-    if unmarked:
+    if set(unmarked) - set(unreached):
         raise Refused(
             f"carries no metadata of target {name!r}, but {', '.join(marked)} does",
             device=", ".join(unmarked),
@@ -275,11 +276,35 @@ def _existing(request: Request, candidates: Sequence[Candidate]) -> copies.Choic
     return choice
 
 
+def _unreached(
+    choice: copies.Choice, candidates: Sequence[Candidate]
+) -> dict[uuid.UUID, Candidate]:
+    """Empty candidates that the target's first commit names and did not reach, by spare UUID.
+
+    At the first generation no data is on any spare, so an interrupted creation can go on.
+    """
+    if choice.metadata.generation != 1:
+        return {}
+    found: dict[uuid.UUID, Candidate] = {}
+    empty = [c for c in candidates if c.survey.empty and not c.signatures]
+    for index in choice.missing:
+        entry = choice.metadata.config["spares"][index]
+        for candidate in empty:
+            same_size = entry["geometry"]["spare_sectors"] == candidate.info.sectors
+            if same_size and _who(candidate.info).items() <= entry.items():
+                found[uuid.UUID(entry["uuid"])] = candidate
+                empty.remove(candidate)
+                break
+    return found
+
+
 def _plan_activation(request: Request, main: DeviceInfo, seen: Seen, choice: copies.Choice) -> Plan:
     metadata = choice.metadata
     _check_main_identity(main, metadata)
     _check_unchangeable(request, metadata)
-    by_uuid = {c.survey.spare_uuid: c for c in seen.candidates}
+    unreached = _unreached(choice, seen.candidates)
+    by_uuid: dict[uuid.UUID | None, Candidate] = {**unreached}
+    by_uuid.update((c.survey.spare_uuid, c) for c in seen.candidates if not c.survey.empty)
     spares: dict[int, DeviceInfo] = {}
     for index, entry in enumerate(metadata.config["spares"]):
         candidate = by_uuid.pop(uuid.UUID(entry["uuid"]), None)
@@ -299,6 +324,7 @@ def _plan_activation(request: Request, main: DeviceInfo, seen: Seen, choice: cop
         )
     actions = [Action("remove_remains", name) for name in seen.remains]
     actions += _repairs(choice, spares)
+    actions += [Action("repair_metadata", c.info.path) for c in unreached.values()]
     actions += _activations(request.name, spares)
     actions.append(_creation(request.name, main))
     return Plan(

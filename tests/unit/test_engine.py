@@ -1,0 +1,754 @@
+# Copyright: dm_remap.storage contributors
+# GNU General Public License v3.0+ (see LICENSES/GPL-3.0-or-later.txt or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""The engine on a kernel in memory: what it saves, what it never invents, and every crash point."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import errno
+import itertools
+import random
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dm_remap import engine as engine_module
+from dm_remap import planner
+from dm_remap.engine import Engine, RemapReport
+from dm_remap.errors import DmRemapError, Refused, StaleGeneration
+from dm_remap.format import minimum_spare_sectors
+from dm_remap.planner import Request, plan_absent, plan_present, plan_upkeep
+from dm_remap.salvage import Patience
+
+from tests.unit.fake_kernel import FILESYSTEM_MAGIC, SECTOR, Disk, Kernel, Killed, Process, Volatile
+
+NAME = "guarded"
+CHUNK = 8
+# The last chunk has 5 sectors.
+SECTORS = 24 * CHUNK + 5
+QUICK = Patience(retries=2, backoff=0)
+
+
+@pytest.fixture(autouse=True)
+def memory_stays_unlocked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Do not lock the memory of the process that runs the tests."""
+    monkeypatch.setattr(engine_module, "_lock_memory", lambda: None)
+
+
+def content(sector: int, version: int = 0) -> bytes:
+    return (sector + 1).to_bytes(4, "little") * 64 + version.to_bytes(4, "little") * 64
+
+
+@dataclass
+class App:
+    """What an application wrote block by block, and so what it may find.
+
+    Each block has its versions, of which None is a read error; ``acknowledged`` and ``durable``
+    are the newest version that is surely there, and that survives a power cut.
+    """
+
+    block: int
+    versions: dict[int, list[bytes | None]] = field(default_factory=dict)
+    acknowledged: dict[int, int] = field(default_factory=dict)
+    durable: dict[int, int] = field(default_factory=dict)
+    waiting: dict[int, tuple[int, int]] = field(default_factory=dict)
+
+    def clone(self) -> App:
+        return copy.deepcopy(self)
+
+    def write(self, kernel: Kernel, sector: int) -> None:
+        """Write the block at ``sector`` unless an earlier write of it still waits."""
+        self.settle(kernel)
+        sector -= sector % self.block
+        if any(sector == waits for waits, _version in self.waiting.values()):
+            return
+        known = self.versions[sector]
+        data = b"".join(content(sector + i, len(known)) for i in range(self.block))
+        known.append(data)
+        number = kernel.submit(NAME, sector, data)
+        self.waiting[number] = (sector, len(known) - 1)
+        self.settle(kernel)
+
+    def settle(self, kernel: Kernel) -> None:
+        for number in [number for number in self.waiting if number in kernel.completed]:
+            sector, version = self.waiting.pop(number)
+            self.acknowledged[sector] = version
+
+    def flush(self, kernel: Kernel) -> None:
+        self.settle(kernel)
+        kernel.flush(kernel.mapped[NAME].devno)
+        self.durable = dict(self.acknowledged)
+
+    def allowed(self, sector: int, power_cut: bool) -> list[bytes | None]:
+        versions = self.versions[sector]
+        if power_cut:
+            return versions[self.durable.get(sector, 0) :]
+        return [versions[self.acknowledged.get(sector, 0)]]
+
+
+@dataclass
+class Scene:
+    """A host with a main, spares and an application that uses the target."""
+
+    kernel: Kernel
+    app: App
+    request: Request
+    folder: Path
+
+    @property
+    def main(self) -> Disk:
+        return self.kernel.disks[self.request.main]
+
+    @property
+    def spares(self) -> list[Disk]:
+        return [self.kernel.disks[path] for path in self.request.spares]
+
+    def engine(self, process: Process | None = None, step: Any = None) -> Engine:
+        used = process or Process(self.kernel)
+        return Engine(
+            mapper=used.mapper,
+            blocks=used.blocks,
+            step=step,
+            lock_dir=str(self.folder / "locks"),
+            backup_dir=str(self.folder / "backup"),
+        )
+
+    def spoil(self, *sectors: int, failures: int | None = None) -> None:
+        """Make sectors of main bad; for ever means that the application reads errors there."""
+        self.main.spoil(sectors, failures)
+        for sector in sectors if failures is None else ():
+            self.app.versions[sector - sector % self.app.block] = [None]
+
+    def plan(self, engine: Engine | None = None) -> planner.Plan:
+        used = engine or self.engine()
+        seen = used.see(self.request.name, self.request.main, self.request.spares)
+        return plan_present(self.request, seen)
+
+    def create(self, engine: Engine | None = None) -> list[str]:
+        used = engine or self.engine()
+        plan = self.plan(used)
+        used.apply(plan)
+        return [action.kind for action in plan.actions]
+
+    def remove(self, discard: bool = True) -> None:
+        used = self.engine()
+        seen = used.see(NAME, None, self.request.spares)
+        used.apply(plan_absent(NAME, seen.target, seen, discard))
+
+    def remap(self, *ranges: tuple[int, int], engine: Engine | None = None) -> RemapReport:
+        return (engine or self.engine()).remap(NAME, ranges, patience=QUICK)
+
+    def read(self, sector: int) -> bytes | None:
+        try:
+            return self.kernel.read(self.kernel.mapped[NAME].devno, sector, self.app.block)
+        except OSError:
+            return None
+
+    def generation(self) -> int:
+        return self.engine().require(NAME).metadata.generation
+
+    def at(self, kernel: Kernel, app: App) -> Scene:
+        return replace(self, kernel=kernel, app=app)
+
+    def check(self, power_cut: bool = False, why: str = "") -> None:
+        """All blocks read as they may, nothing waits, and nothing is left to be planned."""
+        self.app.settle(self.kernel)
+        assert not self.app.waiting, why
+        assert f"{NAME}-frozen" not in self.kernel.mapped, why
+        for device in self.kernel.mapped.values():
+            assert not device.suspended, (device.name, why)
+            assert not device.inactive, (device.name, why)
+        for sector in range(0, self.main.sectors, self.app.block):
+            assert self.read(sector) in self.app.allowed(sector, power_cut), (sector, why)
+        assert not self.plan().actions, why
+        target = self.engine().require(NAME)
+        lost = [(item.sector, item.count) for item in target.metadata.lost]
+        assert all(self.is_spared(target, sector) for sector, _count in lost), why
+
+    def is_spared(self, target: planner.ActiveTarget, sector: int) -> bool:
+        return planner.extents.find(target.metadata.extents, sector // CHUNK) is not None
+
+
+def make_scene(folder: Path, spares: int = 1, block: int = 1, sectors: int = SECTORS) -> Scene:
+    kernel = Kernel()
+    sectors = sectors // block * block
+    main = kernel.add_disk("main", sectors, block)
+    main.fill(0, b"".join(content(sector) for sector in range(sectors)))
+    # Larger than the smallest, whose first chunks are under the far middle copy.
+    size = minimum_spare_sectors(CHUNK, block) + 8192
+    paths = tuple(kernel.add_disk(f"spare{index}", size, block).path for index in range(spares))
+    app = App(block)
+    for sector in range(0, sectors, block):
+        app.versions[sector] = [b"".join(content(sector + i) for i in range(block))]
+    request = Request(NAME, main.path, paths, chunk_bytes=CHUNK * SECTOR)
+    return Scene(kernel, app, request, folder)
+
+
+@pytest.fixture
+def scene(tmp_path: Path) -> Scene:
+    return make_scene(tmp_path)
+
+
+@pytest.fixture
+def target(scene: Scene) -> Scene:
+    scene.create()
+    return scene
+
+
+# Life of a target
+
+
+@pytest.mark.parametrize("block", [1, 8])
+@pytest.mark.parametrize("spares", [1, 3])
+def test_creation_remap_and_removal(tmp_path: Path, spares: int, block: int) -> None:
+    scene = make_scene(tmp_path, spares, block)
+    kinds = scene.create()
+    assert kinds == (
+        ["format_spare"] * spares
+        + ["activate_spare"] * spares
+        + ["commit_metadata", "create_target"]
+    )
+    scene.check()
+    before = dict(scene.main.content)
+    scene.spoil(16)
+    report = scene.remap((17, 1))
+    assert report.lost == [(16, block)]
+    assert report.recovered == CHUNK - block
+    scene.check()
+    assert scene.generation() == 2
+    assert scene.main.content == before, "nothing is ever written to main but by the application"
+    with pytest.raises(Refused, match="data is on its spares only"):
+        scene.remove(discard=False)
+    scene.remove()
+    assert scene.kernel.mapped == {}
+    assert all(s.content.get(0, bytes(SECTOR)) == bytes(SECTOR) for s in scene.spares)
+
+
+def test_activation_after_a_clean_restart(target: Scene) -> None:
+    target.spoil(33)
+    target.remap((32, 1))
+    target.app.flush(target.kernel)
+    target.kernel.cut_power(target.kernel.volatile())
+    assert target.create() == ["activate_spare", "create_target"]
+    target.check(power_cut=True)
+    assert target.generation() == 2
+
+
+def test_a_target_that_is_in_use_stays(target: Scene) -> None:
+    process = Process(target.kernel)
+    with process.blocks.BlockDevice(f"/dev/mapper/{NAME}"), pytest.raises(Refused, match="in use"):
+        target.remove()
+    target.check()
+
+
+def test_a_device_of_something_else_keeps_its_name(scene: Scene) -> None:
+    scene.kernel.insert(NAME, "LVM-something")
+    scene.kernel.load(NAME, [planner.Segment(0, 8, "error", "")])
+    scene.kernel.resume(NAME)
+    with pytest.raises(Refused, match="of something else"):
+        scene.plan()
+    assert scene.engine().target_names() == []
+
+
+def test_an_unknown_target_is_refused(scene: Scene) -> None:
+    with pytest.raises(Refused, match="no active target"):
+        scene.remap((0, 1))
+
+
+def test_a_missing_device_is_refused(scene: Scene) -> None:
+    missing = replace(scene.request, spares=("/dev/none",))
+    with pytest.raises(DmRemapError, match="no such device"):
+        scene.engine().see(missing.name, missing.main, missing.spares)
+
+
+# One remap
+
+
+def test_a_readable_chunk_moves_with_its_data(target: Scene) -> None:
+    report = target.remap((40, 1))
+    assert (report.recovered, report.lost, report.generation) == (CHUNK, [], 2)
+    chunk = report.chunks[0]
+    assert (chunk.chunk, chunk.start, chunk.count) == (5, 40, CHUNK)
+    assert (chunk.recovered_first_read, chunk.recovered_on_retry) == (CHUNK, 0)
+    # From now on main may do what it likes there.
+    target.main.fill(40, bytes(CHUNK * SECTOR))
+    target.check()
+
+
+def test_a_weak_sector_is_saved(target: Scene) -> None:
+    # It fails as a part of 8, 4, 2 and 1 sectors.
+    target.spoil(43, failures=4)
+    report = target.remap((43, 1))
+    chunk = report.chunks[0]
+    assert (chunk.recovered_first_read, chunk.recovered_on_retry) == (CHUNK - 1, 1)
+    assert report.lost == []
+    target.check()
+
+
+def test_lost_weak_and_good_sectors_of_one_chunk(target: Scene) -> None:
+    target.spoil(40, 46, 47)
+    target.spoil(43, failures=4)
+    report = target.remap((40, 8))
+    assert report.lost == [(40, 1), (46, 2)]
+    assert report.recovered == 5
+    target.check()
+    lost = target.engine().require(NAME).metadata.lost
+    assert [(item.sector, item.count) for item in lost] == [(40, 1), (46, 2)]
+
+
+def test_a_chunk_without_a_readable_sector(target: Scene) -> None:
+    target.spoil(*range(80, 88))
+    assert target.remap((80, 8)).lost == [(80, 8)]
+    target.check()
+
+
+def test_writing_a_lost_sector_heals_it(target: Scene) -> None:
+    target.spoil(41)
+    target.remap((41, 1))
+    assert target.read(41) is None
+    target.app.write(target.kernel, 41)
+    assert target.read(41) == content(41, 1)
+    target.check()
+
+
+def test_the_short_last_chunk(target: Scene) -> None:
+    target.spoil(SECTORS - 1)
+    report = target.remap((SECTORS - 1, 1))
+    assert report.chunks[0].count == 5
+    assert report.lost == [(SECTORS - 1, 1)]
+    target.check()
+
+
+def test_many_chunks_are_one_generation(target: Scene) -> None:
+    target.spoil(8, 50, SECTORS - 2)
+    report = target.remap((8, 24), (50, 1), (SECTORS - 2, 1))
+    assert [chunk.chunk for chunk in report.chunks] == [1, 2, 3, 6, 24]
+    assert report.generation == 2
+    assert report.lost == [(8, 1), (50, 1), (SECTORS - 2, 1)]
+    target.check()
+
+
+def test_every_chunk_can_be_remapped(target: Scene) -> None:
+    target.spoil(0, 100)
+    target.remap((0, SECTORS))
+    target.main.dead = True
+    for sector in range(SECTORS):
+        assert target.read(sector) in target.app.allowed(sector, power_cut=False)
+    assert target.engine().require(NAME).main is None
+    assert target.remap((5, 1)).chunks == []
+
+
+def test_a_second_remap_of_the_same_chunk_does_nothing(target: Scene) -> None:
+    target.remap((40, 1))
+    writes: list[str] = []
+    report = target.remap((40, 8), engine=target.engine(Process(target.kernel, writes.append)))
+    assert (report.generation, report.chunks) == (2, [])
+    assert writes == []
+
+
+def test_remaps_of_neighbours_become_one_extent(target: Scene) -> None:
+    for chunk in (3, 4, 5):
+        target.remap((chunk * CHUNK, 1))
+    (extent,) = target.engine().require(NAME).metadata.extents
+    assert (extent.logical, extent.length) == (3, 3)
+    target.check()
+
+
+def test_an_expected_generation_that_is_past_changes_nothing(target: Scene) -> None:
+    target.remap((40, 1))
+    writes: list[str] = []
+    engine = target.engine(Process(target.kernel, writes.append))
+    with pytest.raises(StaleGeneration, match="at generation 2, not 1"):
+        engine.remap(NAME, [(80, 1)], expected_generation=1)
+    assert writes == []
+    assert engine.remap(NAME, [(80, 1)], expected_generation=2).generation == 3
+
+
+@pytest.mark.parametrize("wrong", [(-1, 1), (SECTORS, 1), (0, SECTORS + 1), (4, 0)])
+def test_sectors_beside_the_target_change_nothing(target: Scene, wrong: tuple[int, int]) -> None:
+    writes: list[str] = []
+    with pytest.raises(Refused, match="not on the target"):
+        target.remap(wrong, engine=target.engine(Process(target.kernel, writes.append)))
+    assert writes == []
+
+
+def test_no_statistics_are_left_behind(target: Scene) -> None:
+    process = Process(target.kernel)
+
+    def step(name: str) -> None:
+        if name == "salvaged":
+            process.kill()
+
+    with pytest.raises(Killed):
+        target.remap((40, 1), engine=target.engine(process, step))
+    assert target.kernel.mapped[NAME].regions
+    target.remap((40, 1))
+    assert not target.kernel.mapped[NAME].regions
+
+
+def test_backups_are_kept_of_every_generation(target: Scene) -> None:
+    for chunk in range(20):
+        target.remap((chunk * CHUNK, 1))
+    (folder,) = (target.folder / "backup").iterdir()
+    kept = sorted(path.name for path in folder.iterdir())
+    assert kept == [f"{generation:020d}.slot" for generation in range(6, 22)]
+
+
+# Disks that fail
+
+
+@pytest.mark.parametrize("code", [errno.EIO, errno.ENODATA])
+def test_a_dead_disk_is_not_a_chunk_of_lost_sectors(target: Scene, code: int) -> None:
+    target.main.dead, target.main.code = True, code
+    with pytest.raises(DmRemapError, match="everywhere"):
+        target.remap((40, 1))
+    target.main.dead = False
+    assert target.generation() == 1
+    target.check()
+
+
+def test_a_disk_that_is_gone_is_not_a_chunk_of_lost_sectors(target: Scene) -> None:
+    target.main.dead, target.main.code = True, errno.ENXIO
+    with pytest.raises(DmRemapError, match="not a bad block"):
+        target.remap((40, 1))
+    target.main.dead = False
+    target.check()
+
+
+def test_old_data_on_a_spare_does_not_appear_in_lost_sectors(target: Scene) -> None:
+    """A remap that was killed left valid blocks on spare chunks; lost sectors need empty ones."""
+    process = Process(target.kernel)
+
+    def step(name: str) -> None:
+        if name == "data_flushed":
+            process.kill()
+
+    with pytest.raises(Killed):
+        target.remap((0, 8 * CHUNK), engine=target.engine(process, step))
+    target.spoil(83)
+    report = target.remap((83, 1))
+    assert report.lost == [(83, 1)]
+    assert report.chunks[0].spare_chunk == 8
+    target.check()
+
+
+def test_a_lost_sector_reads_as_an_error_on_a_target_made_anew(target: Scene) -> None:
+    """The tags of the first target's life would make its old data valid in the second."""
+    assert target.remap((40, 1)).chunks[0].spare_chunk == 0
+    target.remove()
+    target.create()
+    target.spoil(43)
+    report = target.remap((43, 1))
+    assert report.chunks[0].spare_chunk == 0
+    assert report.lost == [(43, 1)]
+    assert target.read(43) is None
+    target.check()
+
+
+def test_a_spare_that_cannot_be_written_leaves_the_work_to_another(tmp_path: Path) -> None:
+    scene = make_scene(tmp_path, spares=2)
+    scene.create()
+    geometry = planner.geometry_of(scene.engine().require(NAME).metadata, 0)
+    scene.spares[0].unwritable = set(range(geometry.data_start, geometry.far_middle))
+    scene.spoil(41)
+    report = scene.remap((40, 1), (80, 1))
+    assert [chunk.spare for chunk in report.chunks] == [1, 1]
+    assert report.lost == [(41, 1)]
+    scene.check()
+
+
+def test_without_a_spare_that_can_be_written_nothing_changes(target: Scene) -> None:
+    geometry = planner.geometry_of(target.engine().require(NAME).metadata, 0)
+    target.spares[0].unwritable = {geometry.chunk_sector(0) + 3}
+    with pytest.raises(DmRemapError, match="cannot be written") as caught:
+        target.remap((40, 1))
+    assert caught.value.device == target.spares[0].path
+    assert target.generation() == 1
+    target.check()
+
+
+def test_a_spare_that_cannot_be_flushed_never_leaves_writes_waiting(target: Scene) -> None:
+    """Neither mapping is safe then, so the chunk fails until its spare works again."""
+
+    def step(name: str) -> None:
+        if name == "caught_up":
+            target.app.write(target.kernel, 40)
+            target.spares[0].flush_fails = True
+
+    with pytest.raises(DmRemapError, match="cannot be flushed"):
+        target.remap((40, 1), engine=target.engine(step=step))
+    assert not any(device.suspended for device in target.kernel.mapped.values())
+    assert target.app.waiting.keys() <= target.kernel.failed
+    assert target.read(40) is None
+    assert target.read(48) == content(48)
+    target.app.waiting.clear()
+    target.app.versions[40].pop()
+    target.spares[0].flush_fails = False
+    upkeep = plan_upkeep(target.engine().require(NAME))
+    assert "thaw" in [action.kind for action in upkeep.actions]
+    target.create()
+    target.check()
+
+
+# Writes that race
+
+
+def test_writes_during_the_salvage_are_not_lost(target: Scene) -> None:
+    target.spoil(42)
+    turns = itertools.cycle([40, 41, 43, 47])
+
+    def on_read(sector: int, count: int) -> None:
+        target.app.write(target.kernel, next(turns))
+
+    def step(name: str) -> None:
+        if name == "data_flushed":
+            target.main.on_read = None
+
+    target.main.on_read = on_read
+    report = target.remap((40, 1), engine=target.engine(step=step))
+    assert report.lost == [(42, 1)]
+    assert len(target.app.versions[40]) > 1
+    target.check()
+
+
+def test_a_write_makes_a_lost_sector_good_while_it_is_remapped(target: Scene) -> None:
+    target.spoil(42)
+
+    def step(name: str) -> None:
+        if name == "data_flushed":
+            target.app.write(target.kernel, 42)
+
+    report = target.remap((42, 1), engine=target.engine(step=step))
+    assert report.lost == []
+    assert target.read(42) == content(42, 1)
+    target.check()
+
+
+def test_a_sector_that_goes_bad_under_a_write_is_lost_and_not_old(target: Scene) -> None:
+    target.main.heals = False
+
+    def step(name: str) -> None:
+        if name == "data_flushed" and 42 not in target.main.bad:
+            target.app.write(target.kernel, 42)
+            target.spoil(42)
+            target.app.acknowledged.pop(42)
+
+    report = target.remap((42, 1), engine=target.engine(step=step))
+    assert report.lost == [(42, 1)]
+    target.check()
+
+
+def test_writes_at_every_step_are_not_lost(target: Scene) -> None:
+    target.spoil(41)
+    steps = []
+
+    def step(name: str) -> None:
+        steps.append(name)
+        for sector in (40, 41 + len(steps) % 7, 80, 81 + len(steps) % 7, 120):
+            target.app.write(target.kernel, sector)
+
+    target.remap((40, 1), (80, 1), engine=target.engine(step=step))
+    assert steps[-4:] == ["thawed", "swapped", "frozen_removed", "verified"]
+    target.check()
+
+
+# Crashes
+
+
+@dataclass
+class Crash:
+    """A host at a moment of a command, with the application's knowledge then."""
+
+    label: str
+    kernel: Kernel
+    app: App
+
+
+def record(
+    scene: Scene, command: Callable[[Engine], object], on_step: Callable[[str], None] | None = None
+) -> list[Crash]:
+    """Run a command and remember the host before each change and after each step of it."""
+    crashes: list[Crash] = []
+
+    def remember(label: str) -> None:
+        crashes.append(Crash(f"{len(crashes)}: {label}", scene.kernel.clone(), scene.app.clone()))
+
+    def step(name: str) -> None:
+        if on_step:
+            on_step(name)
+        remember(f"after {name}")
+
+    process = Process(scene.kernel, lambda call: remember(f"before {call}"))
+    command(scene.engine(process, step))
+    return crashes
+
+
+def survivals(writes: Sequence[Volatile], seed: str) -> Iterator[list[Volatile]]:
+    """Subsets of the writes: all of them if they are few, else the likely and some at random."""
+    if len(writes) <= 3:
+        for size in range(len(writes) + 1):
+            yield from map(list, itertools.combinations(writes, size))
+        return
+    chance = random.Random(seed)
+    yield []
+    yield list(writes)
+    yield list(writes[: len(writes) // 2])
+    yield list(writes[len(writes) // 2 :])
+    for _turn in range(3):
+        yield [item for item in writes if chance.random() < 0.5]
+
+
+def test_a_process_killed_anywhere_in_a_remap(target: Scene) -> None:
+    target.spoil(41, 83)
+    turn = itertools.count()
+
+    def on_step(name: str) -> None:
+        number = next(turn)
+        for sector in (40 + number % 8, 80 + number % 3, 120):
+            target.app.write(target.kernel, sector)
+
+    crashes = record(target, lambda e: target.remap((40, 1), (80, 1), engine=e), on_step)
+    assert len(crashes) > 60
+    generations = []
+    for crash in crashes:
+        scene = target.at(crash.kernel, crash.app)
+        scene.create()
+        scene.check(why=crash.label)
+        generations.append(scene.generation())
+        scene.remap((40, 1), (80, 1))
+        scene.check(why=f"{crash.label}, remapped again")
+        assert scene.generation() == 2
+    assert generations == sorted(generations)
+    assert set(generations) == {1, 2}
+
+
+@pytest.mark.parametrize("spares", [1, 2])
+def test_a_power_cut_anywhere_in_a_remap(tmp_path: Path, spares: int) -> None:
+    target = make_scene(tmp_path, spares)
+    target.create()
+    target.spoil(41)
+    turn = itertools.count()
+
+    def on_step(name: str) -> None:
+        number = next(turn)
+        target.app.write(target.kernel, 40 + number % 8)
+        if number % 3 == 0 and not target.kernel.mapped.get(f"{NAME}-frozen"):
+            target.app.flush(target.kernel)
+
+    crashes = record(target, lambda e: target.remap((40, 1), engine=e), on_step)
+    generations = []
+    for crash in crashes:
+        for survivors in survivals(crash.kernel.volatile(), crash.label):
+            scene = target.at(crash.kernel.clone(), crash.app.clone())
+            scene.kernel.cut_power(survivors)
+            scene.app.waiting.clear()
+            scene.create()
+            scene.check(power_cut=True, why=crash.label)
+            generations.append(scene.generation())
+    assert set(generations) == {1, 2}
+
+
+@pytest.mark.parametrize("spares", [1, 2])
+@pytest.mark.parametrize("power_cut", [False, True], ids=["killed", "power cut"])
+def test_a_crash_anywhere_in_a_creation(tmp_path: Path, spares: int, power_cut: bool) -> None:
+    scene = make_scene(tmp_path, spares)
+    crashes = record(scene, lambda e: scene.create(e))
+    assert len(crashes) > 15
+    for crash in crashes:
+        choices = survivals(crash.kernel.volatile(), crash.label) if power_cut else [[]]
+        for survivors in choices:
+            again = scene.at(crash.kernel.clone(), crash.app.clone())
+            if power_cut:
+                again.kernel.cut_power(survivors)
+            again.create()
+            again.check(power_cut, why=crash.label)
+            assert again.generation() == 1
+
+
+@pytest.mark.parametrize("power_cut", [False, True], ids=["killed", "power cut"])
+def test_a_crash_anywhere_in_a_creation_over_an_old_target(target: Scene, power_cut: bool) -> None:
+    """Whatever was on the spare, a lost sector of the new target never shows it."""
+    target.remap((40, 1), (80, 1))
+    target.app.flush(target.kernel)
+    target.kernel.cut_power([])
+    wiping = replace(target, request=replace(target.request, wipe=True))
+    target.spares[0].fill(2, FILESYSTEM_MAGIC.ljust(SECTOR, b"\0"))
+    crashes = record(wiping, lambda e: wiping.create(e))
+    for crash in crashes:
+        choices = survivals(crash.kernel.volatile(), crash.label) if power_cut else [[]]
+        for survivors in choices:
+            again = wiping.at(crash.kernel.clone(), crash.app.clone())
+            if power_cut:
+                again.kernel.cut_power(survivors)
+            again.create()
+            again.check(power_cut, why=crash.label)
+            again.spoil(10)
+            assert again.remap((10, 1)).lost == [(10, 1)]
+            again.check(power_cut, why=crash.label)
+
+
+@pytest.mark.parametrize("power_cut", [False, True], ids=["killed", "power cut"])
+def test_a_crash_anywhere_in_a_removal(target: Scene, power_cut: bool) -> None:
+    crashes = record(target, lambda e: remove_with(target, e))
+    for crash in crashes:
+        choices = survivals(crash.kernel.volatile(), crash.label) if power_cut else [[]]
+        for survivors in choices:
+            again = target.at(crash.kernel.clone(), crash.app.clone())
+            if power_cut:
+                again.kernel.cut_power(survivors)
+            again.remove()
+            assert again.kernel.mapped == {}, crash.label
+            assert again.create()[0] == "format_spare", crash.label
+            again.check(power_cut, why=crash.label)
+
+
+def remove_with(scene: Scene, engine: Engine) -> None:
+    seen = engine.see(NAME, None, scene.request.spares)
+    engine.apply(plan_absent(NAME, seen.target, seen))
+
+
+def calls_of_a_remap(folder: Path) -> list[str]:
+    scene = make_scene(folder)
+    scene.create()
+    scene.spoil(41)
+    calls: list[str] = []
+    scene.remap((40, 1), engine=scene.engine(Process(scene.kernel, calls.append)))
+    return calls
+
+
+def test_one_call_that_fails_anywhere_in_a_remap(tmp_path: Path) -> None:
+    calls = calls_of_a_remap(tmp_path)
+    assert len(calls) > 20
+    results = set()
+    for number, label in enumerate(calls):
+        scene = make_scene(tmp_path)
+        scene.create()
+        scene.spoil(41)
+        results.add(remap_with_a_failure(scene, number, f"{number}: {label}"))
+    assert results == {1, 2}
+
+
+def remap_with_a_failure(scene: Scene, number: int, why: str) -> int:
+    count = itertools.count()
+
+    def on_call(name: str) -> None:
+        if next(count) == number:
+            if name.startswith(("write", "flush")):
+                raise OSError(errno.EIO, f"injected into {name}")
+            raise DmRemapError(f"injected into {name}")
+
+    def step(name: str) -> None:
+        if name in ("frozen", "committed"):
+            scene.app.write(scene.kernel, 44)
+
+    with contextlib.suppress(DmRemapError):
+        scene.remap((40, 1), engine=scene.engine(Process(scene.kernel, on_call), step))
+    # What could not be written or undone at once is left to the next plan.
+    scene.create()
+    scene.check(why=why)
+    return scene.generation()
