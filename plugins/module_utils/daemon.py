@@ -42,6 +42,7 @@ _TICK_SECONDS = 1.0
 _CHECK_EVERY_TICKS = 10
 _RETRY_SECONDS = 5.0
 _DEVICE_MAPPER_SECONDS = 10.0
+_STUCK_SECONDS = 10.0
 # Room for a burst of old events when the daemon starts, to know what was reported.
 _RECENT_EVENTS = 1000
 
@@ -142,11 +143,14 @@ class Daemon:
 
     def health(self) -> dict[str, Any]:
         """Return the state; `status` is `ok` when errors are seen and explained."""
-        blind = {"tracing", "journal"} & set(self._troubles)
+        troubles = dict(self._troubles)
+        if self._journal_thread.busy_seconds() > _STUCK_SECONDS:
+            troubles["journal"] = f"{self._settings.journal}: its disk does not answer"
+        blind = {"tracing", "journal"} & set(troubles)
         return {
-            "status": "blind" if blind else "degraded" if self._troubles else "ok",
+            "status": "blind" if blind else "degraded" if troubles else "ok",
             "host": self._origin.host,
-            "troubles": dict(sorted(self._troubles.items())),
+            "troubles": dict(sorted(troubles.items())),
             "targets": len(self._targets),
             "newest": self._newest,
             "waiting": sum(len(items) for items in self._waiting.values()),
@@ -222,7 +226,7 @@ class Daemon:
         horizon = events.rfc3339(time.time_ns() - int(self._patience.again * 1e9))
         for event in page.events:
             if event["type"] == events.SECTOR_ERROR and event["time"] >= horizon:
-                sectors = [(start, count) for start, count in event["sectors"]]
+                sectors = [tuple(item) for item in event["sectors"]]
                 self._watcher.remember(event["target"], event["operation"], sectors)
 
     async def _close(self) -> None:
@@ -257,7 +261,7 @@ class Daemon:
             while not stop.is_set():
                 woken = asyncio.ensure_future(self._wake.wait())
                 try:
-                    done, _ = await asyncio.wait(
+                    done, _unused = await asyncio.wait(
                         {woken, stopped},
                         timeout=_TICK_SECONDS,
                         return_when=asyncio.FIRST_COMPLETED,
@@ -289,7 +293,7 @@ class Daemon:
             if errors:
                 self._dispatch(await self._record(errors))
             if lost:
-                await self._overrun(lost)
+                await self._check_overruns()
 
     async def _record(self, errors: Sequence[BlockError]) -> list[Observation]:
         while True:
@@ -306,10 +310,28 @@ class Daemon:
                 self._troubles.pop("journal", None)
                 return found
 
-    async def _overrun(self, lost: int) -> None:
-        self._counts["overruns"] += lost
-        message = f"the kernel dropped {lost} trace entries; errors may have gone unseen"
-        await self._write([Draft(events.OVERRUN, message, requests=lost)], [])
+    async def _check_overruns(self) -> None:
+        """Tell what the kernel overwrote before it was read, also while no daemon ran."""
+        try:
+            total = self._trace.overruns()
+        except OSError:
+            return  # the instance is gone, which the next check repairs
+        boot, _, told = (await self._remembered("overruns")).partition(" ")
+        known = int(told) if boot == self._origin.boot_id else 0
+        # A smaller number means that the instance was made anew.
+        lost = total - known if total >= known else total
+        if total == known:
+            return
+        if lost:
+            self._counts["overruns"] += lost
+            message = f"the kernel dropped {lost} trace entries; errors may have gone unseen"
+            await self._write([Draft(events.OVERRUN, message)], [])
+        value = f"{self._origin.boot_id} {total}"
+        await self._journal_thread.call(self._journal.remember, "overruns", value)
+
+    async def _remembered(self, name: str) -> str:
+        found: str = await self._journal_thread.call(self._journal.note, name)
+        return found
 
     async def _check(self) -> None:
         """Look after the trace and the list of targets."""
@@ -318,6 +340,8 @@ class Daemon:
             self._lose_trace("tracing was switched off")
         if self._reader < 0:
             self._open_trace()
+        if self._reader >= 0:
+            await self._check_overruns()
         now = self._troubles.get("tracing")
         if now and now != before:
             log.critical("blind: %s", now)
@@ -389,7 +413,7 @@ class Daemon:
                 self._patience.probe,
             )
         )
-        done, _ = await asyncio.wait({call}, timeout=2 * self._patience.probe)
+        done, _unused = await asyncio.wait({call}, timeout=2 * self._patience.probe)
         if not done:
             self._troubles[f"probe {target.name}"] = "the disk does not answer"
             await self._write(self._watcher.slow(target, self._host.name(target.main)), [])
@@ -406,7 +430,7 @@ class Daemon:
         # Not wait_for: up to Python 3.11 it can swallow a cancellation.
         call = asyncio.ensure_future(self._table_thread.call(self._host.targets))
         try:
-            done, _ = await asyncio.wait({call}, timeout=_DEVICE_MAPPER_SECONDS)
+            done, _unused = await asyncio.wait({call}, timeout=_DEVICE_MAPPER_SECONDS)
             if not done:
                 call.cancel()
                 raise DmRemapError("device-mapper does not answer", remedy="look at dmsetup info")
@@ -537,4 +561,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    raise SystemExit(main())

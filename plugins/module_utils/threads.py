@@ -12,6 +12,7 @@ from __future__ import annotations
 import asyncio
 import queue
 import threading
+import time
 from typing import Any, Callable
 
 
@@ -24,7 +25,7 @@ class Worker:
 
     def __init__(self, name: str) -> None:
         self._calls: queue.SimpleQueue[Any] = queue.SimpleQueue()
-        self.waiting = 0
+        self._begun = 0.0
         threading.Thread(target=self._run, name=name, daemon=True).start()
 
     async def call(self, function: Callable[..., Any], *arguments: Any, **named: Any) -> Any:
@@ -34,12 +35,13 @@ class Worker:
         """
         loop = asyncio.get_running_loop()
         future: asyncio.Future[Any] = loop.create_future()
-        self.waiting += 1
         self._calls.put((loop, future, function, arguments, named))
-        try:
-            return await future
-        finally:
-            self.waiting -= 1
+        return await future
+
+    def busy_seconds(self) -> float:
+        """Return how long the call that is being carried out has taken so far, 0 if none is."""
+        begun = self._begun
+        return time.monotonic() - begun if begun else 0.0
 
     def stop(self) -> None:
         """End the thread after the calls that wait."""
@@ -51,10 +53,12 @@ class Worker:
             if item is None:
                 return
             loop, future, function, arguments, named = item
+            self._begun = time.monotonic()
             try:
                 result, error = function(*arguments, **named), None
             except BaseException as raised:
                 result, error = None, raised
+            self._begun = 0.0
             try:
                 loop.call_soon_threadsafe(_settle, future, result, error)
             except RuntimeError:

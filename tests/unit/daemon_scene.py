@@ -47,7 +47,7 @@ def make_tracefs(root: Path) -> None:
     (instance / "buffer_size_kb").write_text("7\n")
     (instance / "buffer_percent").write_text("50\n")
     (instance / "per_cpu" / "cpu0").mkdir(parents=True)
-    (instance / "per_cpu" / "cpu0" / "stats").write_text("overrun: 3\ndropped events: 2\n")
+    (instance / "per_cpu" / "cpu0" / "stats").write_text("overrun: 0\ndropped events: 0\n")
     os.mkfifo(instance / "trace_pipe")
 
 
@@ -77,7 +77,7 @@ class FakeHost:
         self.trouble: Exception | None = None
 
     def targets(self) -> list[Guarded]:
-        if self.trouble:
+        if self.trouble is not None:
             raise self.trouble
         return self.guarded
 
@@ -122,6 +122,12 @@ class Scene:
     def trace(self, *lines: str) -> None:
         """Let the kernel print lines."""
         os.write(self._keep, "".join(line + "\n" for line in lines).encode())
+
+    def overrun(self, total: int) -> None:
+        """Let the kernel have overwritten entries."""
+        stats = self.root / "tracing" / "instances" / "dm_remap" / "per_cpu" / "cpu0" / "stats"
+        stats.write_text(f"overrun: {total}\ndropped events: 0\n")
+        self.trace(f"CPU:0 [LOST {total} EVENTS]")
 
     def fail_read(self, sector: int, count: int = 1, *, bad: bool = True, devno: str = "8,16"):
         """Let a read fail, because of bad sectors or for no reason that lasts."""

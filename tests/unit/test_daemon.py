@@ -11,6 +11,7 @@ import logging
 import os
 import sqlite3
 import stat
+import threading
 from dataclasses import replace
 from pathlib import Path
 
@@ -145,7 +146,7 @@ def test_a_restart_does_not_report_the_same_sector_again(scene):
 def test_a_thousand_errors_of_one_sector_are_one_event(scene):
     async def story():
         async with scene.running() as it:
-            for _ in range(1000):
+            for _unused in range(1000):
                 scene.fail_read(16)
             await scene.next_event(it, "sector_error")
             scene.fail_read(99)
@@ -171,16 +172,55 @@ def test_errors_of_other_disks_leave_nothing_behind(scene):
     assert [item["type"] for item in run(story())] == ["started", "sector_error"]
 
 
-def test_lost_trace_entries_are_told(scene):
+def test_lost_trace_entries_are_told_once_also_when_no_daemon_ran(scene):
     async def story():
         async with scene.running() as it:
-            scene.trace("CPU:1 [LOST 17 EVENTS]")
-            event = await scene.next_event(it, "overrun")
-            return event, it.health()
+            scene.overrun(17)
+            first = await scene.next_event(it, "overrun")
+        scene.overrun(20)
+        async with scene.running() as it:
+            second = await scene.next_event(it, "overrun", after=first["sequence"])
+        async with scene.running() as it:
+            scene.fail_read(16)
+            await scene.next_event(it, "sector_error")
+            return first, second, (await it.page(0, 100, 0)).events
+
+    first, second, everything = run(story())
+    assert "dropped 17 " in first["message"]
+    assert "dropped 3 " in second["message"]
+    assert [item["type"] for item in everything].count("overrun") == 2
+
+
+def test_a_new_trace_instance_counts_from_zero(scene):
+    async def story():
+        async with scene.running() as it:
+            scene.overrun(17)
+            first = await scene.next_event(it, "overrun")
+            scene.overrun(5)
+            return await scene.next_event(it, "overrun", after=first["sequence"]), it.health()
 
     event, health = run(story())
-    assert "17" in event["message"]
-    assert health["overruns"] == 17
+    assert "dropped 5 " in event["message"]
+    assert health["overruns"] == 22
+
+
+def test_a_journal_whose_disk_hangs_makes_the_daemon_blind(scene, monkeypatch):
+    monkeypatch.setattr(daemon, "_STUCK_SECONDS", 0.0)
+    release = threading.Event()
+
+    async def story():
+        async with scene.running() as it:
+            waiting = asyncio.ensure_future(it._journal_thread.call(release.wait))
+            while it.health()["status"] == "ok":
+                await asyncio.sleep(0)
+            health = it.health()
+            release.set()
+            await waiting
+            return health
+
+    health = run(story())
+    assert health["status"] == "blind"
+    assert "does not answer" in health["troubles"]["journal"]
 
 
 def test_an_unknown_tracepoint_makes_the_daemon_blind_and_it_says_so(scene):
