@@ -13,15 +13,17 @@ import re
 import subprocess
 import time
 import uuid
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Protocol
 
 from . import blockdev, copies, extents, mapping, planner, pool
 from .blockdev import SECTOR_BYTES, DeviceInfo
-from .devmapper import DeviceMapper, Segment, check_name
+from .devmapper import DeviceMapper, MappedDevice, Segment, check_name
 from .errors import DmRemapError, Refused
-from .format import LostRange, Metadata, geometry_of, pack_slot, spare_uuid_of
+from .events import hashed_machine_id
+from .format import Extent, LostRange, Metadata, geometry_of, pack_slot, spare_uuid_of
 from .planner import (
     UUID_PREFIX,
     ActiveSpare,
@@ -32,6 +34,7 @@ from .planner import (
     Seen,
     spare_name,
 )
+from .probing import answers
 from .salvage import MEDIUM_ERRORS, Outcome, Patience, Salvage, salvage
 
 LOCK_DIR = "/run/dm-remap"
@@ -42,6 +45,87 @@ _TARGET_UUID = re.compile(re.escape(UUID_PREFIX) + r"([0-9a-f]{32})\Z")
 _STATS_PROGRAM = "dm_remap"
 _ATTEMPTS = 3
 _MCL_CURRENT, _MCL_FUTURE = 1, 2
+
+
+class OpenDevice(copies.Device, Protocol):
+    """An open block device, as `blockdev.BlockDevice` is; sectors are of 512 bytes."""
+
+    def zero(self, sector: int, count: int) -> None:
+        """Make sectors read as zeros."""
+
+    def __enter__(self) -> OpenDevice:
+        """The device itself."""
+
+    def __exit__(self, *exc_info: object) -> None:
+        """Close it."""
+
+
+class Blocks(Protocol):
+    """What the engine needs of the module `blockdev`."""
+
+    def BlockDevice(self, path: str, writable: bool = ...) -> OpenDevice:
+        """Open a device past the page cache."""
+
+    def describe(self, path: str) -> DeviceInfo:
+        """Who the device is and who uses it."""
+
+    def node_of(self, devno: str) -> str:
+        """The node of a device number."""
+
+    def signatures(self, path: str) -> list[str]:
+        """What is found on the device."""
+
+    def erase_signatures(self, path: str) -> None:
+        """Erase that."""
+
+
+class Mapper(Protocol):
+    """What the engine needs of `devmapper.DeviceMapper`."""
+
+    def check_available(self, targets: Iterable[str] = ...) -> None:
+        """Raise where the kernel lacks something."""
+
+    def kernel_targets(self) -> Mapping[str, object]:
+        """The loaded target types."""
+
+    def names(self) -> list[str]:
+        """Names of all mapped devices."""
+
+    def info(self, name: str) -> MappedDevice | None:
+        """State of a mapped device."""
+
+    def table(self, name: str) -> list[Segment]:
+        """Its live table."""
+
+    def create(self, name: str, uuid: str, segments: Iterable[Segment], private: bool) -> None:
+        """Create a mapped device and wait for udev."""
+
+    def create_unannounced(self, name: str, uuid: str, segments: Iterable[Segment]) -> None:
+        """Create one without waiting."""
+
+    def load(self, name: str, segments: Iterable[Segment]) -> None:
+        """Load an inactive table."""
+
+    def swap(self, name: str, events: Any = ...) -> None:
+        """Make it live, and resume."""
+
+    def events(self) -> AbstractContextManager[Any]:
+        """Collect the events of swaps."""
+
+    def suspend(self, name: str) -> None:
+        """Hold what comes in."""
+
+    def remove(self, name: str) -> None:
+        """Remove a device and wait for udev."""
+
+    def remove_unannounced(self, name: str) -> None:
+        """Remove one without waiting."""
+
+    def message(self, name: str, text: str) -> str:
+        """Send a message; the answer."""
+
+    def dependencies(self, name: str) -> list[str]:
+        """Device numbers that the live table uses."""
 
 
 @dataclass
@@ -90,7 +174,7 @@ class RemapReport:
 class _Work:
     """A chunk on its way to a spare."""
 
-    extent: Any
+    extent: Extent
     start: int
     length: int
     region: str
@@ -119,14 +203,14 @@ class Engine:
 
     def __init__(
         self,
-        mapper: Any = None,
-        blocks: Any = blockdev,
+        mapper: Mapper | None = None,
+        blocks: Blocks = blockdev,
         step: Callable[[str], None] | None = None,
         progress: Callable[[str], None] | None = None,
         lock_dir: str = LOCK_DIR,
         backup_dir: str = BACKUP_DIR,
     ) -> None:
-        self._mapper = mapper or DeviceMapper()
+        self._mapper: Mapper = mapper or DeviceMapper()
         self._blocks = blocks
         self._step = step or (lambda name: None)
         self._progress = progress or (lambda text: None)
@@ -261,6 +345,16 @@ class Engine:
                 found.append(candidate)
         return found
 
+    def _existing(self, name: str) -> MappedDevice:
+        device = self._mapper.info(name)
+        if device is None:
+            raise DmRemapError(
+                "has vanished while it was worked on",
+                device=f"/dev/mapper/{name}",
+                remedy="look at what else manages device-mapper devices, and run this again",
+            )
+        return device
+
     # Targets
 
     def apply(self, plan: Plan) -> None:
@@ -275,7 +369,7 @@ class Engine:
             self._step(action.kind)
 
     def _do_remove_remains(self, plan: Plan, action: planner.Action) -> None:
-        if self._mapper.info(action.device).suspended:
+        if self._existing(action.device).suspended:
             self._mapper.swap(action.device)
         self._mapper.remove(action.device)
 
@@ -293,16 +387,16 @@ class Engine:
     def _do_format_spare(self, plan: Plan, action: planner.Action) -> None:
         # With a zeroed superblock the kernel makes a new journal, and with zeroed tags no data
         # sector has a valid one: each reads as an error until it is written.
-        geometry = geometry_of(plan.metadata, _index_of(plan, action.device))
+        geometry = geometry_of(_metadata_of(plan), _index_of(plan, action.device))
         with self._blocks.BlockDevice(action.device, writable=True) as device:
             device.zero(geometry.tag_start, geometry.tag_sectors)
             device.flush()
 
     def _do_activate_spare(self, plan: Plan, action: planner.Action) -> None:
-        index = _index_of(plan, action.device)
-        geometry = geometry_of(plan.metadata, index)
+        index, metadata = _index_of(plan, action.device), _metadata_of(plan)
+        geometry = geometry_of(metadata, index)
         info = plan.spares[index]
-        name, prefix = plan.name, _dm_uuid(plan.metadata)
+        name, prefix = plan.name, _dm_uuid(metadata)
         pieces = (
             (_tags_name(name, index), "tags", geometry.tag_start, geometry.tag_sectors),
             (_data_name(name, index), "data", geometry.data_start, geometry.data_sectors),
@@ -313,8 +407,8 @@ class Engine:
             self._mapper.create(
                 device_name, f"{prefix}-spare{index}-{role}", [segment], private=True
             )
-            below[role] = self._mapper.info(device_name).devno
-        block_bytes = plan.metadata.config["block_sectors"] * SECTOR_BYTES
+            below[role] = self._existing(device_name).devno
+        block_bytes = metadata.config["block_sectors"] * SECTOR_BYTES
         options = [
             f"meta_device:{below['tags']}",
             "internal_hash:crc32c",
@@ -339,7 +433,7 @@ class Engine:
             self._mapper.remove(name)
 
     def _do_commit_metadata(self, plan: Plan, action: planner.Action) -> None:
-        draft = replace(plan.metadata, timestamp_ns=time.time_ns(), host_id=host_id())
+        draft = replace(_metadata_of(plan), timestamp_ns=time.time_ns(), host_id=host_id())
         with contextlib.ExitStack() as stack:
             copies.commit(self._open_members(stack, plan.spares), None, draft, step=self._step)
         self._backup(draft)
@@ -350,23 +444,25 @@ class Engine:
             with self._blocks.BlockDevice(info.path) as device:
                 surveys[info.path] = copies.survey(device)
         index = _index_of(plan, action.device)
-        spare_uuid = spare_uuid_of(plan.metadata, index)
+        spare_uuid = spare_uuid_of(_metadata_of(plan), index)
         with self._blocks.BlockDevice(action.device, writable=True) as device:
             copies.repair(device, copies.choose(surveys), spare_uuid)
 
     def _do_create_target(self, plan: Plan, action: planner.Action) -> None:
+        assert plan.main is not None
         spares = {
-            index: self._mapper.info(spare_name(plan.name, index)).devno for index in plan.spares
+            index: self._existing(spare_name(plan.name, index)).devno for index in plan.spares
         }
-        config = plan.metadata.config
+        metadata = _metadata_of(plan)
+        config = metadata.config
         table = mapping.build_table(
             config["main"]["sectors"],
             config["chunk_sectors"],
             plan.main.devno,
-            plan.metadata.extents,
+            metadata.extents,
             spares,
         )
-        self._mapper.create(plan.name, _dm_uuid(plan.metadata), table, private=False)
+        self._mapper.create(plan.name, _dm_uuid(metadata), table, private=False)
 
     def _do_remove_target(self, plan: Plan, action: planner.Action) -> None:
         self._mapper.remove(plan.name)
@@ -480,7 +576,12 @@ class Engine:
         )
 
     def _salvage_chunk(
-        self, metadata: Metadata, name: str, extent: Any, main: Any, patience: Patience | None
+        self,
+        metadata: Metadata,
+        name: str,
+        extent: Extent,
+        main: OpenDevice,
+        patience: Patience | None,
     ) -> _Work:
         chunk_sectors = metadata.config["chunk_sectors"]
         block_sectors = metadata.config["block_sectors"]
@@ -503,7 +604,7 @@ class Engine:
         self,
         works: Sequence[_Work],
         target: ActiveTarget,
-        spares: Mapping[int, Any],
+        spares: Mapping[int, OpenDevice],
         avoid: Sequence[tuple[int, int]],
     ) -> None:
         """Write what was read, and flush; chunks get other places where theirs will not do.
@@ -582,7 +683,7 @@ class Engine:
         self._step("frozen_created")
         self._mapper.suspend(frozen)
         self._step("frozen_suspended")
-        device = self._mapper.info(frozen)
+        device = self._existing(frozen)
         table = mapping.build_table(
             sectors,
             chunk_sectors,
@@ -602,8 +703,8 @@ class Engine:
         works: Sequence[_Work],
         metadata: Metadata,
         name: str,
-        main: Any,
-        spares: Mapping[int, Any],
+        main: OpenDevice,
+        spares: Mapping[int, OpenDevice],
     ) -> bool:
         """Copy the blocks that were written since they were read; nobody can write them now.
 
@@ -652,7 +753,7 @@ class Engine:
 
     def _open_members(
         self, stack: contextlib.ExitStack, spares: Mapping[int, DeviceInfo]
-    ) -> dict[int, Any]:
+    ) -> dict[int, OpenDevice]:
         return {
             index: stack.enter_context(self._blocks.BlockDevice(info.path, writable=True))
             for index, info in spares.items()
@@ -725,7 +826,7 @@ class Engine:
 
     def _verify(self, name: str, works: Sequence[_Work], metadata: Metadata) -> None:
         """Read the chunks through the target: saved blocks as saved, lost ones as errors."""
-        device_info = self._mapper.info(name)
+        device_info = self._existing(name)
         wrong = []
         with self._blocks.BlockDevice(device_info.node) as device:
             for work in works:
@@ -788,10 +889,9 @@ class Engine:
 
 
 def host_id() -> uuid.UUID:
-    """The host's machine id (machine-id(5)), or zero where it has none."""
+    """What names this host in metadata and events, or zero where it has no machine id."""
     try:
-        with open("/etc/machine-id", encoding="ascii") as file:
-            return uuid.UUID(file.read().strip())
+        return hashed_machine_id()
     except (OSError, ValueError):
         return uuid.UUID(int=0)
 
@@ -815,6 +915,11 @@ def _tags_name(name: str, index: int) -> str:
 
 def _frozen_name(name: str) -> str:
     return name + "-frozen"
+
+
+def _metadata_of(plan: Plan) -> Metadata:
+    assert plan.metadata is not None, "only plans with metadata have such actions"
+    return plan.metadata
 
 
 def _index_of(plan: Plan, path: str) -> int:
@@ -850,7 +955,7 @@ def _place(
     return spares.get(extent.spare, ""), offset
 
 
-def _write_chunk(work: _Work, device: Any, metadata: Metadata) -> bool:
+def _write_chunk(work: _Work, device: OpenDevice, metadata: Metadata) -> bool:
     """Write what was read of a chunk; whether its lost blocks read as errors on the spare."""
     place, block = _spare_sector(work, metadata), work.salvage.block_sectors
     for first, count in work.salvage.readable:
@@ -863,7 +968,7 @@ def _write_chunk(work: _Work, device: Any, metadata: Metadata) -> bool:
     )
 
 
-def _reads(device: Any, sector: int, count: int) -> bool:
+def _reads(device: OpenDevice, sector: int, count: int) -> bool:
     try:
         device.read(sector, count)
     except OSError as error:
@@ -873,14 +978,12 @@ def _reads(device: Any, sector: int, count: int) -> bool:
     return True
 
 
-def _check_alive(main: Any, works: Sequence[_Work], info: DeviceInfo) -> None:
+def _check_alive(main: OpenDevice, works: Sequence[_Work], info: DeviceInfo) -> None:
     """Refuse to believe that a whole chunk is lost on a disk that reads nothing at all."""
     if not any(not work.salvage.readable for work in works):
         return
-    block = info.block_sectors
-    last = (info.sectors // block - 1) * block
-    probes = {0, last, last // 2 // block * block}
-    if not any(_reads(main, sector, block) for sector in probes):
+    lost = [item for work in works for item in work.salvage.lost]
+    if not answers(main, lost, info.block_sectors):
         raise DmRemapError(
             "reads fail everywhere, so it is the disk or its path and not a bad sector",
             device=info.path,

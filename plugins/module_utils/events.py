@@ -86,19 +86,30 @@ class Origin:
     boot_id: str
 
 
+def hashed_machine_id(machine_id: str = _MACHINE_ID) -> uuid.UUID:
+    """Return what names this host elsewhere.
+
+    Args:
+        machine_id: file with the machine id. The id itself is confidential (machine-id(5)), so only
+            a hash of it leaves the host.
+
+    Raises:
+        OSError: there is no such file.
+    """
+    with open(machine_id, encoding="ascii") as stream:
+        return uuid.uuid5(_NAMESPACE, stream.read().strip())
+
+
 def local_origin(host: str, machine_id: str = _MACHINE_ID, boot_id: str = _BOOT_ID) -> Origin:
     """Return the origin of this host.
 
     Args:
         host: name that the controller knows this host by.
-        machine_id: file with the machine id. The id itself is confidential (machine-id(5)), so only
-            a hash of it leaves the host.
+        machine_id: file with the machine id.
         boot_id: file with the kernel's boot id.
     """
-    with open(machine_id, encoding="ascii") as stream:
-        host_id = uuid.uuid5(_NAMESPACE, stream.read().strip())
     with open(boot_id, encoding="ascii") as stream:
-        return Origin(host, host_id, stream.read().strip())
+        return Origin(host, hashed_machine_id(machine_id), stream.read().strip())
 
 
 def complete(draft: Draft, origin: Origin, sequence: int, time_ns: int) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from . import copies, extents, pool
 from .blockdev import DeviceInfo
 from .devmapper import MappedDevice, Segment, check_name
 from .errors import DmRemapError, Refused, StaleGeneration
-from .format import NO_DIGEST, Extent, Geometry, Metadata, geometry_of, plan_geometry
+from .format import NO_DIGEST, Diagnosis, Extent, Geometry, Metadata, geometry_of, plan_geometry
 from .mapping import build_table, describe_table
 
 SECTOR_BYTES = 512
@@ -265,7 +265,7 @@ def _existing(request: Request, candidates: Sequence[Candidate]) -> copies.Choic
             device=", ".join(marked),
             remedy="give that name, or wipe: true to erase it",
         )
-    unreached = [c.info.path for c in _unreached(choice, candidates).values()]
+    unreached = [c.info.path for _uuid, c in _unreached(choice, candidates)]
     unmarked = [c.info.path for c in candidates if c.survey.empty]
     if set(unmarked) - set(unreached):
         raise Refused(
@@ -278,21 +278,21 @@ def _existing(request: Request, candidates: Sequence[Candidate]) -> copies.Choic
 
 def _unreached(
     choice: copies.Choice, candidates: Sequence[Candidate]
-) -> dict[uuid.UUID, Candidate]:
-    """Empty candidates that the target's first commit names and did not reach, by spare UUID.
+) -> list[tuple[uuid.UUID, Candidate]]:
+    """Empty candidates that the target's first commit names and did not reach, with the UUID.
 
     At the first generation no data is on any spare, so an interrupted creation can go on.
     """
     if choice.metadata.generation != 1:
-        return {}
-    found: dict[uuid.UUID, Candidate] = {}
+        return []
+    found = []
     empty = [c for c in candidates if c.survey.empty and not c.signatures]
     for index in choice.missing:
         entry = choice.metadata.config["spares"][index]
         for candidate in empty:
             same_size = entry["geometry"]["spare_sectors"] == candidate.info.sectors
             if same_size and _who(candidate.info).items() <= entry.items():
-                found[uuid.UUID(entry["uuid"])] = candidate
+                found.append((uuid.UUID(entry["uuid"]), candidate))
                 empty.remove(candidate)
                 break
     return found
@@ -303,8 +303,8 @@ def _plan_activation(request: Request, main: DeviceInfo, seen: Seen, choice: cop
     _check_main_identity(main, metadata)
     _check_unchangeable(request, metadata)
     unreached = _unreached(choice, seen.candidates)
-    by_uuid: dict[uuid.UUID | None, Candidate] = {**unreached}
-    by_uuid.update((c.survey.spare_uuid, c) for c in seen.candidates if not c.survey.empty)
+    by_uuid = {c.survey.spare_uuid: c for c in seen.candidates if not c.survey.empty}
+    by_uuid.update(unreached)
     spares: dict[int, DeviceInfo] = {}
     for index, entry in enumerate(metadata.config["spares"]):
         candidate = by_uuid.pop(uuid.UUID(entry["uuid"]), None)
@@ -324,7 +324,7 @@ def _plan_activation(request: Request, main: DeviceInfo, seen: Seen, choice: cop
         )
     actions = [Action("remove_remains", name) for name in seen.remains]
     actions += _repairs(choice, spares)
-    actions += [Action("repair_metadata", c.info.path) for c in unreached.values()]
+    actions += [Action("repair_metadata", c.info.path) for _uuid, c in unreached]
     actions += _activations(request.name, spares)
     actions.append(_creation(request.name, main))
     return Plan(
@@ -335,7 +335,7 @@ def _plan_activation(request: Request, main: DeviceInfo, seen: Seen, choice: cop
         metadata=metadata,
         main=main,
         spares=spares,
-        warnings=tuple(choice.warnings),
+        warnings=warnings_of(choice),
     )
 
 
@@ -501,7 +501,7 @@ def plan_upkeep(target: ActiveTarget) -> Plan:
         metadata=target.metadata,
         main=target.main,
         spares=spares,
-        warnings=tuple(target.choice.warnings),
+        warnings=warnings_of(target.choice),
     )
 
 
@@ -645,10 +645,26 @@ def usable_geometries(target: ActiveTarget) -> dict[int, Geometry]:
 
 
 def _repairs(choice: copies.Choice, spares: Mapping[int, DeviceInfo]) -> list[Action]:
-    needing = set(choice.damaged) | set(choice.stale)
+    # A copy that cannot be read may never be writable again, so it alone is no reason to write:
+    # every commit tries it anyway.
+    needing = {
+        path
+        for path, faults in choice.damaged.items()
+        if any(fault.diagnosis is not Diagnosis.UNREADABLE for fault in faults)
+    } | choice.stale
     return [
         Action("repair_metadata", info.path) for info in spares.values() if info.path in needing
     ]
+
+
+def warnings_of(choice: copies.Choice) -> tuple[str, ...]:
+    """What the user should know of a choice, copies that cannot be read included."""
+    return choice.warnings + tuple(
+        f"{path}: copy {fault.index} of the metadata is {fault.message}"
+        for path, faults in choice.damaged.items()
+        for fault in faults
+        if fault.diagnosis is Diagnosis.UNREADABLE
+    )
 
 
 def _activations(name: str, spares: Mapping[int, DeviceInfo]) -> list[Action]:

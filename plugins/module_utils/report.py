@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from . import pool
 from .extents import merge_sectors
 from .format import geometry_of
-from .planner import SECTOR_BYTES, ActiveTarget, Plan, readable_table
+from .planner import SECTOR_BYTES, ActiveTarget, Plan, readable_table, warnings_of
 
 if TYPE_CHECKING:
     from .engine import RemapReport
@@ -43,7 +43,7 @@ def describe_target(target: ActiveTarget) -> dict[str, Any]:
         "lost": sector_ranges([(item.sector, item.count) for item in metadata.lost]),
         "interrupted": target.frozen is not None,
         "table": readable_table(metadata, spares),
-        "warnings": list(target.choice.warnings),
+        "warnings": list(warnings_of(target.choice)),
     }
 
 
@@ -71,9 +71,7 @@ def describe_remap(report: RemapReport) -> dict[str, Any]:
     """What a remap saved and lost; counts in sectors, durations in seconds."""
     return {
         "generation": report.generation,
-        "chunks": [
-            {**asdict(chunk), "lost": sector_ranges(chunk.lost)} for chunk in report.chunks
-        ],
+        "chunks": [{**asdict(chunk), "lost": sector_ranges(chunk.lost)} for chunk in report.chunks],
         "recovered": report.recovered,
         "lost": sector_ranges(report.lost),
         "salvage_seconds": round(report.salvage_seconds, 4),

@@ -254,7 +254,7 @@ class Volatile:
 
 
 def destination(segment: Segment) -> tuple[str, int]:
-    device, _, offset = segment.params.rpartition(" ")
+    device, _space, offset = segment.params.rpartition(" ")
     return device, int(offset)
 
 

@@ -24,7 +24,6 @@ from dm_remap.errors import DmRemapError, Refused, StaleGeneration
 from dm_remap.format import minimum_spare_sectors
 from dm_remap.planner import Request, plan_absent, plan_present, plan_upkeep
 from dm_remap.salvage import Patience
-
 from tests.unit.fake_kernel import FILESYSTEM_MAGIC, SECTOR, Disk, Kernel, Killed, Process, Volatile
 
 NAME = "guarded"
