@@ -131,6 +131,7 @@ def _load_library() -> Any:
         "dm_udev_wait": (ctypes.c_int, [ctypes.c_uint32]),
         "dm_udev_complete": (ctypes.c_int, [ctypes.c_uint32]),
         "dm_task_skip_lockfs": (ctypes.c_int, [task]),
+        "dm_task_retry_remove": (ctypes.c_int, [task]),
         "dm_task_set_sector": (ctypes.c_int, [task, u64]),
         "dm_task_set_message": (ctypes.c_int, [task, text]),
         "dm_task_get_message_response": (text, [task]),
@@ -344,11 +345,15 @@ class DeviceMapper:
     def remove(self, name: str) -> None:
         """Remove ``name`` and wait until udev has removed its node."""
         with self._task(_REMOVE, name) as task:
+            self._library.dm_task_retry_remove(task)
             self._run_with_udev(task, name, "remove", private=True)
 
     def remove_unannounced(self, name: str) -> None:
         """Remove a device made by `create_unannounced`."""
-        self._simple(_REMOVE, name, "remove")
+        with self._task(_REMOVE, name) as task:
+            # Programs that look at every new device, such as udev, may have it open for a moment.
+            self._library.dm_task_retry_remove(task)
+            self._run(task, name, "remove")
 
     def message(self, name: str, text: str, sector: int = 0) -> str:
         """Send a message to the target at ``sector`` of ``name``; the answer, or ``""``."""
