@@ -25,11 +25,9 @@ class Source(Protocol):
 
     async def page(self, after: int, limit: int, wait: float) -> Page:
         """Return events after a cursor, waiting up to `wait` seconds for the first one."""
-        ...
 
     def health(self) -> dict[str, Any]:
         """Return the state; `status` is `ok` when errors are seen and explained."""
-        ...
 
 
 class Server:
@@ -102,7 +100,7 @@ class Server:
 
         @web.middleware
         async def guard(request: Any, handler: Any) -> Any:
-            scheme, _, shown = request.headers.get("Authorization", "").partition(" ")
+            scheme, _unused, shown = request.headers.get("Authorization", "").partition(" ")
             given = shown.strip().encode("utf-8", "surrogateescape")
             if scheme.lower() != "bearer" or not hmac.compare_digest(given, self._token):
                 return web.json_response(

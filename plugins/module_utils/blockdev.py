@@ -322,7 +322,7 @@ def _udev_database(devno: str) -> dict[str, str]:
         with open(f"/run/udev/data/b{devno}", encoding="utf-8", errors="replace") as file:
             for line in file:
                 if line.startswith("E:"):
-                    key, _, value = line[2:].rstrip("\n").partition("=")
+                    key, _unused, value = line[2:].rstrip("\n").partition("=")
                     properties[key] = value
     except OSError:
         pass

@@ -98,7 +98,7 @@ def _certificate_serves(settings: Settings, names: Sequence[str]) -> bool:
 
 
 def _plain(name: str) -> str:
-    kind, _, value = name.partition(":")
+    kind, _unused, value = name.partition(":")
     return f"IP:{ipaddress.ip_address(value).compressed}" if kind == "IP" else name
 
 

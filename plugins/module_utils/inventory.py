@@ -53,15 +53,12 @@ class Tables(Protocol):
 
     def names(self) -> list[str]:
         """Return the names of all mapped devices."""
-        ...
 
     def info(self, name: str) -> MappedDevice | None:
         """Return the state of a mapped device."""
-        ...
 
     def table(self, name: str) -> list[Segment]:
         """Return the live table of a mapped device."""
-        ...
 
 
 def guarded_targets(

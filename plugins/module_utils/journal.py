@@ -226,7 +226,7 @@ class Journal:
         newest = self.newest()
         oldest = self._database.execute("SELECT min(id) FROM event").fetchone()[0]
         return Page(
-            events=[json.loads(body) for _, body in rows],
+            events=[json.loads(body) for _unused, body in rows],
             cursor=rows[-1][0] if rows else min(after, newest),
             oldest=newest + 1 if oldest is None else oldest,
             newest=newest,

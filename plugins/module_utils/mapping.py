@@ -73,7 +73,7 @@ def _append(segments: list[Segment], start: int, length: int, device: str, offse
         return
     if segments and segments[-1].target == "linear":
         last = segments[-1]
-        last_device, _, last_offset = last.params.rpartition(" ")
+        last_device, _unused, last_offset = last.params.rpartition(" ")
         if last_device == device and int(last_offset) + last.length == offset:
             segments[-1] = Segment(last.start, last.length + length, "linear", last.params)
             return
@@ -113,7 +113,7 @@ def linear_target(segment: Segment) -> tuple[str, int]:
     """
     if segment.target != "linear":
         raise ValueError(f"not a linear segment: {segment}")
-    device, _, offset = segment.params.rpartition(" ")
+    device, _unused, offset = segment.params.rpartition(" ")
     return device, int(offset)
 
 

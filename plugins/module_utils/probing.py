@@ -30,7 +30,6 @@ class Readable(Protocol):
 
     def read(self, sector: int, count: int) -> bytes:
         """Return `count` sectors from `sector` on, or raise OSError."""
-        ...
 
 
 class DeviceState(enum.Enum):
@@ -94,7 +93,7 @@ def serves_requests(devno: str, sysfs: str = SYSFS) -> bool:
 
 def physical_block(devno: str, sysfs: str = SYSFS) -> int:
     """Return the size in bytes of the blocks that the device's medium stores and loses as one."""
-    disk, _ = whole_disk(devno, sysfs)
+    disk, _unused = whole_disk(devno, sysfs)
     text = _text(os.path.join(sysfs, "dev/block", disk, "queue/physical_block_size"))
     return int(text or 512)
 
@@ -161,7 +160,7 @@ def answers(device: Readable, avoid: Iterable[tuple[int, int]], unit: int) -> bo
     """Return whether the device reads anything away from `avoid`: else all of it is in trouble."""
     holes = list(avoid)
     last = device.sectors // unit - 1
-    for block in {0, last // 3, 2 * last // 3, last}:
+    for block in sorted({0, last // 3, 2 * last // 3, last}):
         sector = block * unit
         if any(start < sector + unit and sector < start + count for start, count in holes):
             continue

@@ -214,7 +214,7 @@ class TraceInstance:
         processors = os.path.join(self._directory, "per_cpu")
         for processor in os.listdir(processors):
             text = self._read(f"per_cpu/{processor}/stats")
-            total += sum(int(number) for _, number in _STATISTIC.findall(text))
+            total += sum(int(number) for _unused, number in _STATISTIC.findall(text))
         return total
 
     def active(self) -> bool:

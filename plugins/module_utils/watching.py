@@ -345,6 +345,6 @@ def _current(items: Iterable[tuple[float, tuple[int, int]]], now: float) -> list
 
 
 def _sectors(ranges: Sequence[tuple[int, int]]) -> str:
-    total = sum(count for _, count in ranges)
+    total = sum(count for _unused, count in ranges)
     text = f"{total} sector{'' if total == 1 else 's'} from {ranges[0][0]} on"
     return text if len(ranges) == 1 else f"{text} in {len(ranges)} places"

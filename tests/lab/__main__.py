@@ -64,7 +64,7 @@ def parse_sectors(text: str) -> tuple[int, int]:
 
 def parse_forward(text: str) -> tuple[int, int | None]:
     """Return (guest port, host port or None) from ``GUEST`` or ``GUEST:HOST``."""
-    guest, _, host = text.partition(":")
+    guest, _unused, host = text.partition(":")
     try:
         return int(guest), int(host) if host else None
     except ValueError as error:

@@ -187,7 +187,7 @@ def main() -> int:
     store = Store(descriptor, options.block, options.survive, options.seed)
     with listen(options.socket) as listener:
         while True:
-            link, _ = listener.accept()
+            link, _unused = listener.accept()
             with link:
                 connection = Connection(link, store, size, options.block)
                 try:

@@ -133,7 +133,7 @@ def first(spares: int = 1, **changes: object) -> Metadata:
 
 def after(metadata: Metadata, steps: int = 1, host: uuid.UUID = HOST) -> Metadata:
     """A generation some commits later, each with one more extent."""
-    for _ in range(steps):
+    for _unused in range(steps):
         place = metadata.generation
         metadata = metadata.successor(
             timestamp_ns=metadata.timestamp_ns + 1,
@@ -310,7 +310,7 @@ def test_random_damage_never_leads_to_a_wrong_choice(data: st.DataObject) -> Non
     disk = fill(Disk(), old, EVEN)
     fill(disk, new, ODD_AND_FAR)
     allowed = {new.digest}
-    for _ in range(data.draw(st.integers(1, 12))):
+    for _unused in range(data.draw(st.integers(1, 12))):
         index = data.draw(st.integers(0, 6))
         kind = data.draw(st.sampled_from(["bytes", "swap", "unreadable", "zero"]))
         if kind == "bytes":
@@ -558,7 +558,7 @@ def test_a_commit_writes_every_copy_in_order() -> None:
     choice = chosen(*disks.values())
     assert choice.metadata == new
     assert (choice.stale, choice.damaged) == (frozenset(), {})
-    assert [[sector for sector, _ in filter(None, disk.log)] for disk in disks.values()] == [
+    assert [[sector for sector, _unused in filter(None, disk.log)] for disk in disks.values()] == [
         [SLOTS[index] for index in (*ODD_AND_FAR, *EVEN)]
     ] * 2
 
@@ -696,7 +696,7 @@ def test_slots_that_cannot_be_written_do_not_stop_commits(
     disk = fill(Disk(), first())
     disk.unwritable = {SLOTS[index] + offset for index in bad}
     metadata = first()
-    for _ in range(3):
+    for _unused in range(3):
         new = after(metadata)
         done = commit({0: disk}, metadata, new)[0]
         assert {copy.index for copy in done.failed} == set(bad)
@@ -779,7 +779,7 @@ def crash_states(
         halves = [half for half, _disk in combination]
         # The second half begins on no device before the first is flushed on all.
         if max(halves) - min(halves) <= 1:
-            yield {index: disk.clone() for index, (_, disk) in zip(start, combination)}
+            yield {index: disk.clone() for index, (_unused, disk) in zip(start, combination)}
 
 
 def _states_of(

@@ -266,7 +266,7 @@ def test_an_event_is_offered_again_when_the_engine_keeps_silent(tmp_path, monkey
             host.add(event(1), event(2))
             arguments = host.arguments(eda_feedback_queue=asyncio.Queue(1))
             async with running(arguments) as take:
-                return [(await take())["sequence"] for _ in range(4)]
+                return [(await take())["sequence"] for _unused in range(4)]
 
     assert run(story()) == [1, 1, 1, 2]
 
@@ -304,7 +304,7 @@ def test_a_host_that_comes_back_is_followed_again(tmp_path):
             async with running(arguments) as take:
                 await take()
                 await until(lambda: len(host.requests) >= 2)
-                host.answers = [web.Response(status=500) for _ in range(3)]
+                host.answers = [web.Response(status=500) for _unused in range(3)]
                 host.add(event(2))
                 return await take()
 

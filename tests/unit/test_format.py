@@ -266,7 +266,7 @@ def test_the_largest_numbers_fit() -> None:
     )
     assert unpack_slot(pack(what), 0).metadata == what
     with pytest.raises(BadMetadata):
-        _ = what.successor(timestamp_ns=1).body
+        _unused = what.successor(timestamp_ns=1).body
 
 
 def full_config() -> dict[str, object]:
@@ -382,7 +382,7 @@ def test_arbitrary_sections_never_crash_the_reader(parts: list[tuple[int, bytes]
 @given(st.data())
 def test_changed_bodies_under_right_checksums_never_crash_the_reader(data: st.DataObject) -> None:
     body = bytearray(metadata().body)
-    for _ in range(data.draw(st.integers(1, 4))):
+    for _unused in range(data.draw(st.integers(1, 4))):
         at = data.draw(st.integers(0, len(body) - 1))
         body[at] = data.draw(st.integers(0, 255))
     accepted_only_whole(sealed(pack(metadata()), bytes(body)))
@@ -810,7 +810,7 @@ def test_a_successor_is_chained_to_its_parent_and_keeps_what_it_does_not_know() 
 def test_the_history_holds_the_last_256_generations() -> None:
     digests = []
     what = metadata()
-    for _ in range(fmt.MAX_HISTORY + 5):
+    for _unused in range(fmt.MAX_HISTORY + 5):
         digests.append((what.generation, what.digest[:8]))
         what = what.successor(timestamp_ns=1)
     assert what.history == tuple(reversed(digests[5:]))

@@ -86,7 +86,7 @@ def test_a_cursor_from_the_future_comes_back_at_the_newest(journal):
 
 
 def test_old_events_go_and_numbers_stay(journal):
-    journal.append([draft() for _ in range(8)])
+    journal.append([draft() for _unused in range(8)])
     page = journal.read(0, 100)
     assert [event["sequence"] for event in page.events] == [4, 5, 6, 7, 8]
     assert (page.oldest, page.newest) == (4, 8)

@@ -86,7 +86,7 @@ def test_what_time_did_not_suffice_for_is_named(budget, bad):
 @given(st.sets(st.integers(0, 255), min_size=1, max_size=5))
 def test_probing_what_was_left_comes_to_an_end_even_without_time(bad):
     disk, left, found = FakeDisk(bad), [(0, 256)], set()
-    for _ in range(256):
+    for _unused in range(256):
         result = probe(disk, left, 1, lambda: False)
         found |= points(result.bad)
         left = result.unread

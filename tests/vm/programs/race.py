@@ -89,14 +89,14 @@ def race(name: str, chunk: int) -> dict[str, Any]:
         start_writer(path, blocks[2::3][:4], stop, durable=True),
     ]
     try:
-        for _, ready in writers:
+        for _unused, ready in writers:
             if not os.read(ready, 1):
                 raise AssertionError("a writer ended before it was at work")
         report = remap(name, [(chunk * chunk_sectors, 1)])
     finally:
         stop[0] = STOP
-        codes = [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid, _ in writers]
-        for _, ready in writers:
+        codes = [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid, _unused in writers]
+        for _unused, ready in writers:
             os.close(ready)
     return {"codes": codes, "lost": report["lost"], "remapped": len(report["chunks"])}
 

@@ -132,7 +132,7 @@ def remap(
     """Remap as the module does; the report as plain data."""
     engine = Engine(step=step)
     with engine.locked(name):
-        report = engine.remap(name, [(start, count) for start, count in ranges], patience=patience)
+        report = engine.remap(name, [tuple(item) for item in ranges], patience=patience)
     return {**asdict(report), "lost": report.lost}
 
 

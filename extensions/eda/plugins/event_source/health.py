@@ -383,7 +383,7 @@ def clean_event(raw: Any, host: str) -> dict[str, Any]:
     event["message"] = plain_text(event["message"])
     # The form that the module dm_remap.storage.sectors takes.
     event["ranges"] = [{"start": start, "count": count} for start, count in event["sectors"]]
-    event["sector_count"] = sum(count for _, count in event["sectors"])
+    event["sector_count"] = sum(count for _unused, count in event["sectors"])
     event["meta"] = {"uuid": event["uuid"], "hosts": [host]}
     return event
 
@@ -482,9 +482,9 @@ class Engine:
         identity = event["meta"]["uuid"]
         taken = self._awaited[identity] = asyncio.get_running_loop().create_future()
         try:
-            for _ in range(_ATTEMPTS):
+            for _unused in range(_ATTEMPTS):
                 await self._queue.put(event)
-                done, _ = await asyncio.wait({taken}, timeout=_ACKNOWLEDGE_SECONDS)
+                done, _unused = await asyncio.wait({taken}, timeout=_ACKNOWLEDGE_SECONDS)
                 if done:
                     return
                 LOG.warning("the engine has not taken event %s; offering it again", identity)
@@ -653,7 +653,7 @@ async def require_persistence() -> None:
     except ImportError:
         return
     # The engine starts after its sources, so the answer is not there at once.
-    for _ in range(_PERSISTENCE_CHECKS):
+    for _unused in range(_PERSISTENCE_CHECKS):
         if getattr(settings, "persistence_enabled", True):
             return
         await asyncio.sleep(_PERSISTENCE_SECONDS)
@@ -690,7 +690,7 @@ async def _sleep_or_fail(tasks: Any, seconds: float) -> None:
     if not tasks:
         await asyncio.sleep(seconds)
         return
-    done, _ = await asyncio.wait(tasks, timeout=seconds, return_when=asyncio.FIRST_EXCEPTION)
+    done, _unused = await asyncio.wait(tasks, timeout=seconds, return_when=asyncio.FIRST_EXCEPTION)
     for task in done:
         task.result()
 
