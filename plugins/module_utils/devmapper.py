@@ -330,11 +330,10 @@ class DeviceMapper:
     def events(self) -> Iterator[Any]:
         """Collect the events of swaps, and wait for udev at the end instead of in each swap."""
         cookie = ctypes.c_uint32(0)
-        try:
-            yield cookie
-        finally:
-            if cookie.value:
-                self._library.dm_udev_wait(cookie)
+        yield cookie
+        # Not after an error: a device may be left suspended then, and udev would wait for it.
+        if cookie.value:
+            self._library.dm_udev_wait(cookie)
 
     def suspend(self, name: str) -> None:
         """Hold new I/O to ``name`` and wait for what is in flight; no filesystem freeze."""
