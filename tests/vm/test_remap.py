@@ -229,3 +229,19 @@ def test_a_remap_that_is_killed_after_each_step(guest: Guest) -> None:
         assert (result["left"] != "none") == held, step
         suspended = steps.index("frozen_suspended") <= position < steps.index("thawed")
         assert (result["left"] == "suspended") == suspended, step
+
+
+@pytest.mark.core
+def test_a_remap_keeps_the_links_of_the_target(guest: Guest) -> None:
+    prepare(guest, "main", "spare")
+    path = f"/dev/mapper/{NAME}"
+    guest.machine.run(["mkfs.ext4", "-q", path])
+    guest.machine.run(["udevadm", "settle"])
+    uuid = guest.machine.run(["blkid", "-o", "value", "-s", "UUID", path]).stdout.strip()
+    events = guest.call("links", name=NAME, sector=BAD_SECTOR)
+    assert events, "a swap makes an event"
+    for action, links in events:
+        assert action == "change"
+        # systemd unmounts a filesystem when the link that it was mounted by goes away.
+        assert {path, f"/dev/disk/by-uuid/{uuid}"} <= {*links}
+    guest.machine.run(["test", "-L", path])

@@ -18,10 +18,11 @@ from scene import answer, arguments, remap, state
 MOUNT = "/mnt/load"
 MAKE = {"ext4": ["mkfs.ext4", "-q", "-F"], "xfs": ["mkfs.xfs", "-q", "-f"]}
 CHECK = {"ext4": ["e2fsck", "-f", "-n"], "xfs": ["xfs_repair", "-n"]}
+# The rates leave some of an emulated processor to the remaps.
 COMMON = "--verify=crc32c --verify_fatal=1 --verify_backlog=64 --rw=randrw --rwmixread=40".split()
 LOADS = {
-    "direct": "--ioengine=libaio --iodepth=8 --direct=1 --bs=4k --size=6m".split(),
-    "buffered": "--ioengine=psync --direct=0 --fsync=16 --bsrange=1k-16k --size=4m".split(),
+    "direct": "--rate_iops=150 --ioengine=libaio --iodepth=8 --direct=1 --bs=4k --size=6m",
+    "buffered": "--rate_iops=100 --ioengine=psync --fsync=16 --bsrange=1k-16k --size=4m",
 }
 
 
@@ -39,7 +40,7 @@ class Load(threading.Thread):
     def run(self) -> None:
         while not self.stopping.is_set() and not self.failure:
             command = ["fio", f"--name={self.kind}", f"--directory={MOUNT}", *COMMON]
-            command += [*LOADS[self.kind], f"--randseed={self.runs + 1}"]
+            command += [*LOADS[self.kind].split(), f"--randseed={self.runs + 1}"]
             if not self.runs:
                 command.append(f"--exec_prerun=echo started > {self.signal}")
             done = subprocess.run(command, capture_output=True, text=True, check=False, cwd="/tmp")
