@@ -215,7 +215,7 @@ def test_creation_remap_and_removal(tmp_path: Path, spares: int, block: int) -> 
     scene.check()
     before = dict(scene.main.content)
     scene.spoil(16)
-    report = scene.remap((17, 1))
+    report = scene.remap((16, block))
     assert report.lost == [(16, block)]
     assert report.recovered == CHUNK - block
     scene.check()

@@ -1,0 +1,571 @@
+# Copyright: dm_remap.storage contributors
+# GNU General Public License v3.0+ (see LICENSES/GPL-3.0-or-later.txt or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""Plans: what is refused and why, what is planned in which order, and when nothing is."""
+
+from __future__ import annotations
+
+import itertools
+import uuid
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from dm_remap import copies
+from dm_remap.blockdev import DeviceInfo, Use
+from dm_remap.copies import FailedCopy, NewerFormat, Survey
+from dm_remap.devmapper import MappedDevice, Segment
+from dm_remap.errors import DmRemapError, Refused, StaleGeneration
+from dm_remap.extents import merge
+from dm_remap.format import Diagnosis, Extent, LostRange, Metadata, minimum_spare_sectors
+from dm_remap.planner import (
+    Action,
+    ActiveSpare,
+    ActiveTarget,
+    Candidate,
+    Plan,
+    Request,
+    Seen,
+    plan_absent,
+    plan_present,
+    plan_remap,
+    plan_upkeep,
+)
+from tests.unit.fake_kernel import Kernel, Process
+
+NAME = "data"
+CHUNK = 128
+MAIN_SECTORS = 20 * CHUNK + 40
+SPARE_SECTORS = minimum_spare_sectors(CHUNK, 1) + 8192
+REQUEST = Request(NAME, "/dev/main", ("/dev/spare0", "/dev/spare1"))
+
+
+def info(path: str, **changes: Any) -> DeviceInfo:
+    number = {"/dev/main": 0, "/dev/spare0": 16, "/dev/spare1": 32, "/dev/spare2": 48}[path]
+    given = DeviceInfo(
+        path=path,
+        devno=f"8:{number}",
+        sectors=MAIN_SECTORS if number == 0 else SPARE_SECTORS,
+        logical_block=512,
+        physical_block=512,
+        disk=f"8:{number}",
+        start=0,
+        serial=f"serial-{number}",
+        wwn="",
+        model="Model",
+        read_only=False,
+        used_by=(),
+    )
+    return replace(given, **changes)
+
+
+def survey_of(metadata: Metadata | None, index: int = 0, sectors: int = SPARE_SECTORS) -> Survey:
+    """What a spare shows that carries this generation, or nothing."""
+    kernel = Kernel()
+    path = kernel.add_disk("spare", sectors).path
+    with Process(kernel).blocks.BlockDevice(path, writable=True) as device:
+        if metadata:
+            copies.commit({index: device}, None, metadata)
+        return copies.survey(device)
+
+
+def candidate(
+    path: str, metadata: Metadata | None = None, index: int = 0, **more: Any
+) -> Candidate:
+    return Candidate(info(path, **more), (), survey_of(metadata, index))
+
+
+def blank() -> Seen:
+    candidates = tuple(candidate(path) for path in REQUEST.spares)
+    return Seen(target=None, remains=(), main=info("/dev/main"), candidates=candidates)
+
+
+def with_spare(seen: Seen, position: int, **changes: Any) -> Seen:
+    """The same with another candidate; fields of its device are prefixed with ``info_``."""
+    old = seen.candidates[position]
+    device = {key[5:]: value for key, value in changes.items() if key.startswith("info_")}
+    rest = {key: value for key, value in changes.items() if not key.startswith("info_")}
+    new = replace(old, info=replace(old.info, **device), **rest)
+    both = [new if number == position else c for number, c in enumerate(seen.candidates)]
+    return replace(seen, candidates=tuple(both))
+
+
+def with_main(seen: Seen, **changes: Any) -> Seen:
+    assert seen.main is not None
+    return replace(seen, main=replace(seen.main, **changes))
+
+
+def numbered_uuids() -> Callable[[], uuid.UUID]:
+    count = itertools.count(1)
+    return lambda: uuid.UUID(int=next(count))
+
+
+def created(*extents: Extent, lost: tuple[LostRange, ...] = ()) -> Metadata:
+    """The metadata of the target after its creation, or after one remap."""
+    metadata = plan_present(REQUEST, blank(), numbered_uuids()).metadata
+    assert metadata is not None
+    metadata = replace(metadata, timestamp_ns=1)
+    return metadata.successor(2, extents=merge(extents), lost=lost) if extents else metadata
+
+
+def marked(metadata: Metadata | None = None) -> Seen:
+    """The target is not active, and its spares carry its metadata."""
+    known = metadata or created()
+    candidates = tuple(candidate(path, known, index) for index, path in enumerate(REQUEST.spares))
+    return replace(blank(), candidates=candidates)
+
+
+def active(metadata: Metadata | None = None, frozen: bool = False, opened: int = 0) -> ActiveTarget:
+    seen = marked(metadata)
+    choice = copies.choose({c.info.path: c.survey for c in seen.candidates})
+    spares = tuple(
+        ActiveSpare(index, f"253:{index}", replace(c, info=held(c.info, index)))
+        for index, c in enumerate(seen.candidates)
+    )
+    return ActiveTarget(
+        device=mapped(NAME, 2, opened),
+        table=(Segment(0, MAIN_SECTORS, "linear", "8:0 0"),),
+        main=info("/dev/main", used_by=(Use("main", "held by", NAME),)),
+        spares=spares,
+        choice=choice,
+        frozen=mapped(f"{NAME}-frozen", 3) if frozen else None,
+    )
+
+
+def held(device: DeviceInfo, index: int) -> DeviceInfo:
+    return replace(device, used_by=(Use(device.path, "held by", f"{NAME}-spare{index}-data"),))
+
+
+def mapped(name: str, minor: int, opened: int = 0) -> MappedDevice:
+    return MappedDevice(name, f"DMREMAP-{name}", 253, minor, False, opened, True, False)
+
+
+def seen_active(target: ActiveTarget) -> Seen:
+    return Seen(target, (), target.main, tuple(spare.candidate for spare in target.spares))
+
+
+def kinds(plan: Plan) -> list[str]:
+    return [action.kind for action in plan.actions]
+
+
+# Creation
+
+
+def test_a_creation_in_its_order() -> None:
+    plan = plan_present(REQUEST, blank(), numbered_uuids())
+    assert [(action.kind, action.device) for action in plan.actions] == [
+        ("format_spare", "/dev/spare0"),
+        ("format_spare", "/dev/spare1"),
+        ("activate_spare", "/dev/spare0"),
+        ("activate_spare", "/dev/spare1"),
+        ("commit_metadata", NAME),
+        ("create_target", "/dev/mapper/data"),
+    ]
+    assert plan.changes
+    assert plan.before == {"generation": None, "config": None, "table": []}
+    assert plan.after["generation"] == 1
+    assert plan.after["table"] == [f"0 {MAIN_SECTORS} linear main 0"]
+    assert plan.after["config"]["chunk_size"] == 65536
+    assert plan.warnings == ()
+
+
+def test_the_metadata_of_a_creation_can_be_committed_and_names_the_devices() -> None:
+    metadata = created()
+    assert metadata.body
+    assert metadata.config["name"] == NAME
+    assert metadata.config["main"]["serial"] == "serial-0"
+    assert metadata.config["main"]["sectors"] == MAIN_SECTORS
+    assert [spare["serial"] for spare in metadata.config["spares"]] == ["serial-16", "serial-32"]
+    assert (metadata.generation, metadata.extents, metadata.lost) == (1, (), ())
+
+
+def test_what_a_killed_command_left_is_removed_first() -> None:
+    seen = with_spare(
+        replace(blank(), remains=("data-spare0-data",)),
+        0,
+        info_used_by=(Use("spare0", "held by", "data-spare0-data"),),
+    )
+    plan = plan_present(REQUEST, seen)
+    assert plan.actions[0] == Action("remove_remains", "data-spare0-data")
+
+
+def test_with_wipe_the_content_is_erased_and_named() -> None:
+    seen = with_spare(blank(), 1, signatures=("ext4",))
+    plan = plan_present(replace(REQUEST, wipe=True), seen)
+    assert plan.actions[1] == Action("wipe_spare", "/dev/spare1", {"content": ["ext4"]})
+    assert kinds(plan).count("wipe_spare") == 1
+
+
+def test_with_wipe_a_target_begins_anew_on_its_spares() -> None:
+    metadata = created()
+    plan = plan_present(replace(REQUEST, wipe=True), marked(metadata))
+    assert kinds(plan)[:2] == ["wipe_spare", "format_spare"]
+    assert plan.metadata is not None
+    assert plan.metadata.target_uuid != metadata.target_uuid
+
+
+def test_a_spare_on_the_disk_of_the_main_is_warned_of() -> None:
+    seen = with_main(with_spare(blank(), 0, info_disk="9:0"), disk="9:0")
+    (warning,) = plan_present(REQUEST, seen).warnings
+    assert "/dev/spare0 is on the same disk as the main" in warning
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"name": "../x"}, "not a valid target name"),
+        ({"name": ""}, "not a valid target name"),
+        ({"on_error": "hold"}, "on_error 'hold' is not known"),
+        ({"spares": ()}, "has 0 spares"),
+        ({"spares": ("/dev/spare0",) * 9}, "has 9 spares"),
+        ({"chunk_bytes": 2048}, "chunk of 2048 bytes"),
+        ({"chunk_bytes": 2 << 20}, "chunk of 2097152 bytes"),
+        ({"chunk_bytes": 65536 + 4096}, "chunk of 69632 bytes"),
+    ],
+)
+def test_wrong_requests(change: dict[str, Any], message: str) -> None:
+    with pytest.raises(DmRemapError, match=message):
+        plan_present(replace(REQUEST, **change), blank())
+
+
+@pytest.mark.parametrize(
+    ("seen", "device", "message"),
+    [
+        (replace(blank(), main=None), "/dev/main", "no such device"),
+        (with_main(blank(), read_only=True), "/dev/main", "read-only"),
+        (
+            with_main(blank(), used_by=(Use("main1", "mounted on", "/srv"),)),
+            "/dev/main",
+            "main1 is mounted on /srv",
+        ),
+        (with_main(blank(), sectors=CHUNK - 1), "/dev/main", "smaller than a chunk"),
+        (with_main(blank(), physical_block=1 << 17), "/dev/main", "not a multiple"),
+        (with_spare(blank(), 0, info_devno="8:0", info_disk="8:0"), "/dev/spare0", "main itself"),
+        (with_spare(blank(), 1, info_disk="8:0"), "/dev/spare1", "shares its sectors"),
+        (with_main(blank(), disk="8:16"), "/dev/spare0", "shares its sectors"),
+        (
+            with_spare(blank(), 1, info_devno="8:16", info_disk="8:16"),
+            "/dev/spare1",
+            "given twice, also as /dev/spare0",
+        ),
+        (with_spare(blank(), 1, info_disk="8:16"), "/dev/spare0", "contains the spare /dev/spare1"),
+        (with_spare(blank(), 1, info_read_only=True), "/dev/spare1", "read-only"),
+        (
+            with_spare(blank(), 0, info_used_by=(Use("spare0", "in use as", "swap"),)),
+            "/dev/spare0",
+            "spare0 is in use as swap",
+        ),
+        (with_spare(blank(), 0, info_logical_block=4096), "/dev/spare0", "blocks of 4096 bytes"),
+        (with_spare(blank(), 0, info_physical_block=1 << 17), "/dev/spare0", "not a multiple"),
+        (with_spare(blank(), 1, info_sectors=30000), "/dev/spare1", "too few"),
+        (with_spare(blank(), 1, signatures=("LVM2_member",)), "/dev/spare1", "LVM2_member"),
+    ],
+)
+def test_devices_that_will_not_do(seen: Seen, device: str, message: str) -> None:
+    with pytest.raises(Refused, match=message) as caught:
+        plan_present(REQUEST, seen)
+    assert caught.value.device == device
+    assert caught.value.remedy
+
+
+def test_a_slot_that_cannot_be_read_is_not_an_empty_device() -> None:
+    seen = blank()
+    survey = seen.candidates[0].survey
+    slot = replace(survey.failed[0], diagnosis=Diagnosis.UNREADABLE)
+    with pytest.raises(Refused, match="unreadable"):
+        plan_present(
+            REQUEST, with_spare(seen, 0, survey=replace(survey, failed=(slot, *survey.failed[1:])))
+        )
+
+
+# Activation
+
+
+def test_an_activation_creates_nothing_anew() -> None:
+    metadata = created(Extent(3, 1, 0, 0))
+    plan = plan_present(REQUEST, marked(metadata))
+    assert kinds(plan) == ["activate_spare", "activate_spare", "create_target"]
+    assert plan.metadata == metadata
+    assert plan.after["generation"] == 2
+    assert plan.after["table"][1] == "384 128 linear spare0 0"
+
+
+def test_spares_may_be_given_in_any_order() -> None:
+    seen = marked()
+    plan = plan_present(REQUEST, replace(seen, candidates=seen.candidates[::-1]))
+    assert [plan.spares[index].path for index in (0, 1)] == ["/dev/spare0", "/dev/spare1"]
+
+
+def test_a_stale_spare_is_brought_up_to_date_first() -> None:
+    old = created()
+    new = old.successor(5, extents=(Extent(3, 1, 0, 0),))
+    candidates = (candidate("/dev/spare0", new, 0), candidate("/dev/spare1", old, 1))
+    plan = plan_present(REQUEST, replace(blank(), candidates=candidates))
+    assert plan.metadata == new
+    assert plan.actions[0] == Action("repair_metadata", "/dev/spare1")
+
+
+def test_an_interrupted_first_commit_is_continued() -> None:
+    candidates = (candidate("/dev/spare0", created(), 0), candidate("/dev/spare1"))
+    plan = plan_present(REQUEST, replace(blank(), candidates=candidates))
+    assert plan.actions[0] == Action("repair_metadata", "/dev/spare1")
+    assert kinds(plan)[1:] == ["activate_spare", "activate_spare", "create_target"]
+
+
+@pytest.mark.parametrize(
+    "second",
+    [
+        replace(candidate("/dev/spare1"), signatures=("ext4",)),
+        candidate("/dev/spare1", serial="another"),
+        candidate("/dev/spare1", sectors=SPARE_SECTORS + 8),
+    ],
+    ids=["not empty", "another disk", "another size"],
+)
+def test_another_device_does_not_continue_a_creation(second: Candidate) -> None:
+    candidates = (candidate("/dev/spare0", created(), 0), second)
+    with pytest.raises(Refused, match="carries no metadata of target 'data'"):
+        plan_present(REQUEST, replace(blank(), candidates=candidates))
+
+
+def test_an_empty_spare_of_a_target_with_remaps_is_refused() -> None:
+    metadata = created(Extent(3, 1, 0, 0))
+    candidates = (candidate("/dev/spare0", metadata, 0), candidate("/dev/spare1"))
+    with pytest.raises(Refused, match="carries no metadata") as caught:
+        plan_present(REQUEST, replace(blank(), candidates=candidates))
+    assert caught.value.device == "/dev/spare1"
+
+
+def test_all_spares_of_a_target_are_wanted() -> None:
+    seen = marked()
+    request = replace(REQUEST, spares=REQUEST.spares[:1])
+    with pytest.raises(Refused, match="spare 1 .*serial-32.* is not among"):
+        plan_present(request, replace(seen, candidates=seen.candidates[:1]))
+
+
+def test_spares_of_another_target_are_refused() -> None:
+    with pytest.raises(Refused, match="is a spare of target 'data'"):
+        plan_present(replace(REQUEST, name="other"), marked())
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"sectors": MAIN_SECTORS + 8}, f"has {MAIN_SECTORS + 8} sectors"),
+        ({"logical_block": 4096}, "blocks of 4096 bytes"),
+        ({"serial": "clone"}, "has serial 'clone'"),
+        ({"model": "Other"}, "has model 'Other'"),
+    ],
+)
+def test_another_main_is_refused(change: dict[str, Any], message: str) -> None:
+    with pytest.raises(Refused, match=message) as caught:
+        plan_present(REQUEST, with_main(marked(), **change))
+    assert caught.value.device == "/dev/main"
+
+
+def test_a_main_that_does_not_say_who_it_is_is_taken_by_its_size() -> None:
+    assert plan_present(REQUEST, with_main(marked(), serial="", model="")).changes
+
+
+@pytest.mark.parametrize("seen", [marked(), seen_active(active())], ids=["inactive", "active"])
+def test_the_chunk_size_cannot_be_changed(seen: Seen) -> None:
+    assert plan_present(replace(REQUEST, chunk_bytes=65536), seen)
+    with pytest.raises(Refused, match="chunks of 65536 bytes, which cannot be changed"):
+        plan_present(replace(REQUEST, chunk_bytes=4096), seen)
+
+
+def test_metadata_of_a_newer_version_is_refused() -> None:
+    seen = marked()
+    newer = replace(seen.candidates[0].survey, newer=True)
+    with pytest.raises(NewerFormat):
+        plan_present(REQUEST, with_spare(seen, 0, survey=newer))
+
+
+# An active target
+
+
+def test_a_second_run_plans_nothing() -> None:
+    plan = plan_present(REQUEST, seen_active(active()))
+    assert plan.actions == ()
+    assert not plan.changes
+    assert plan.before == plan.after
+
+
+def test_an_active_target_keeps_its_main_and_spares() -> None:
+    seen = seen_active(active())
+    other = replace(seen, main=info("/dev/main", devno="8:99"))
+    with pytest.raises(Refused, match="is active with the main"):
+        plan_present(REQUEST, other)
+    fewer = replace(seen, candidates=seen.candidates[:1])
+    with pytest.raises(Refused, match="is active with the spares"):
+        plan_present(replace(REQUEST, spares=REQUEST.spares[:1]), fewer)
+    third = replace(seen, candidates=(*seen.candidates[:1], candidate("/dev/spare2")))
+    with pytest.raises(Refused, match="is active with the spares"):
+        plan_present(replace(REQUEST, spares=("/dev/spare0", "/dev/spare2")), third)
+
+
+def test_a_target_without_sectors_of_main_is_known_by_its_spares() -> None:
+    target = replace(active(), main=None)
+    seen = replace(seen_active(target), main=info("/dev/main"))
+    assert plan_present(REQUEST, seen).actions == ()
+
+
+def test_an_interrupted_remap_is_ended() -> None:
+    assert kinds(plan_upkeep(active(frozen=True))) == ["thaw"]
+
+
+def with_fault(target: ActiveTarget, diagnosis: Diagnosis) -> ActiveTarget:
+    fault = FailedCopy(3, 4096, diagnosis, f"{diagnosis.value}: sector 4096")
+    damaged = {"/dev/spare1": (fault,)}
+    return replace(target, choice=replace(target.choice, damaged=damaged))
+
+
+@pytest.mark.parametrize(
+    "diagnosis", [item for item in Diagnosis if item is not Diagnosis.UNREADABLE]
+)
+def test_damaged_copies_are_repaired(diagnosis: Diagnosis) -> None:
+    plan = plan_upkeep(with_fault(active(), diagnosis))
+    assert plan.actions == (Action("repair_metadata", "/dev/spare1"),)
+    assert plan.warnings == ()
+
+
+def test_a_copy_that_cannot_be_read_is_told_and_not_repaired_for_ever() -> None:
+    plan = plan_upkeep(with_fault(active(), Diagnosis.UNREADABLE))
+    assert plan.actions == ()
+    assert plan.warnings == ("/dev/spare1: copy 3 of the metadata is unreadable: sector 4096",)
+
+
+def test_repairs_come_before_the_end_of_a_remap() -> None:
+    plan = plan_upkeep(with_fault(active(frozen=True), Diagnosis.SEQUENCE))
+    assert kinds(plan) == ["repair_metadata", "thaw"]
+
+
+# Removal
+
+
+def test_an_active_target_is_removed_from_above() -> None:
+    target = active()
+    plan = plan_absent(NAME, target, seen_active(target))
+    assert [(action.kind, action.device) for action in plan.actions] == [
+        ("remove_target", "/dev/mapper/data"),
+        ("deactivate_spare", "/dev/spare0"),
+        ("deactivate_spare", "/dev/spare1"),
+        ("wipe_metadata", "/dev/spare0"),
+        ("wipe_metadata", "/dev/spare1"),
+    ]
+    assert plan.after["config"] is None
+
+
+def test_a_target_in_use_is_not_removed() -> None:
+    target = active(opened=1)
+    with pytest.raises(Refused, match="is in use, opened 1 times"):
+        plan_absent(NAME, target, seen_active(target), discard_remaps=True)
+
+
+@pytest.mark.parametrize("running", [True, False], ids=["active", "inactive"])
+def test_data_that_is_only_on_spares_is_not_discarded_unasked(running: bool) -> None:
+    metadata = created(Extent(3, 2, 0, 0), Extent(9, 1, 1, 4))
+    target = active(metadata) if running else None
+    seen = seen_active(target) if target else marked(metadata)
+    with pytest.raises(Refused, match="has 3 chunks whose data is on its spares only"):
+        plan_absent(NAME, target, seen)
+    assert "wipe_metadata" in kinds(plan_absent(NAME, target, seen, discard_remaps=True))
+
+
+def test_an_inactive_target_is_wiped_where_its_metadata_is() -> None:
+    seen = replace(marked(), remains=("data-spare0",))
+    plan = plan_absent(NAME, None, seen)
+    assert [(action.kind, action.device) for action in plan.actions] == [
+        ("remove_remains", "data-spare0"),
+        ("wipe_metadata", "/dev/spare0"),
+        ("wipe_metadata", "/dev/spare1"),
+    ]
+
+
+def test_spares_of_another_target_are_not_wiped() -> None:
+    with pytest.raises(Refused, match="is a spare of target 'data'"):
+        plan_absent("other", None, marked())
+
+
+def test_spares_in_use_are_not_wiped() -> None:
+    seen = with_spare(marked(), 1, info_used_by=(Use("spare1", "mounted on", "/mnt"),))
+    with pytest.raises(Refused, match="mounted on /mnt"):
+        plan_absent(NAME, None, seen)
+
+
+def test_the_absence_of_nothing_is_nothing() -> None:
+    assert plan_absent(NAME, None, blank()).actions == ()
+    left = replace(blank(), remains=("data-spare0", "data-spare0-data"))
+    assert kinds(plan_absent(NAME, None, left)) == ["remove_remains", "remove_remains"]
+
+
+# Remaps
+
+
+def test_a_remap_names_each_chunk_and_the_generation() -> None:
+    plan = plan_remap(active(), [(130, 1), (MAIN_SECTORS - 1, 1)])
+    assert plan.action_dicts() == [
+        {
+            "action": "remap_chunk",
+            "device": NAME,
+            "chunk": 1,
+            "start": 128,
+            "count": 128,
+            "spare": 0,
+            "spare_chunk": 0,
+        },
+        {
+            "action": "remap_chunk",
+            "device": NAME,
+            "chunk": 20,
+            "start": 2560,
+            "count": 40,
+            "spare": 0,
+            "spare_chunk": 1,
+        },
+        {"action": "commit_metadata", "device": NAME, "generation": 2},
+    ]
+    assert plan.before["generation"] == 1
+    assert plan.after["generation"] == 2
+    assert [extent.logical for extent in plan.placed] == [1, 20]
+
+
+def test_chunks_that_are_on_a_spare_are_left_alone() -> None:
+    target = active(created(Extent(1, 1, 0, 0)))
+    plan = plan_remap(target, [(128, 256)])
+    assert [extent.logical for extent in plan.placed] == [2]
+    assert plan_remap(target, [(128, 128)]).actions == ()
+
+
+def test_shunned_chunks_are_not_used() -> None:
+    plan = plan_remap(active(), [(0, 1)], avoid=[(0, 0), (0, 1)])
+    assert [(extent.spare, extent.physical) for extent in plan.placed] == [(0, 2)]
+
+
+def test_a_generation_that_is_not_the_expected_one() -> None:
+    target = active()
+    assert plan_remap(target, [(0, 1)], expected_generation=1).changes
+    with pytest.raises(StaleGeneration, match="at generation 1, not 7"):
+        plan_remap(target, [(0, 1)], expected_generation=7)
+
+
+@pytest.mark.parametrize("wrong", [(-1, 1), (0, 0), (MAIN_SECTORS, 1), (0, MAIN_SECTORS + 1)])
+def test_sectors_beside_the_target(wrong: tuple[int, int]) -> None:
+    with pytest.raises(Refused, match="not on the target") as caught:
+        plan_remap(active(), [wrong])
+    assert caught.value.device == NAME
+
+
+def test_full_spares() -> None:
+    target = active()
+    everything = [(index, chunk) for index in (0, 1) for chunk in range(100000 // CHUNK)]
+    with pytest.raises(Refused, match="have 0 free chunks, and 1 are needed") as caught:
+        plan_remap(target, [(0, 1)], avoid=everything)
+    assert caught.value.device == NAME
+    assert "add a spare" in str(caught.value)
+
+
+def test_a_remap_first_does_the_upkeep() -> None:
+    plan = plan_remap(with_fault(active(frozen=True), Diagnosis.SEQUENCE), [(0, 1)])
+    assert kinds(plan) == ["repair_metadata", "thaw", "remap_chunk", "commit_metadata"]

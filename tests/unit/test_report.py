@@ -1,0 +1,111 @@
+# Copyright: dm_remap.storage contributors
+# GNU General Public License v3.0+ (see LICENSES/GPL-3.0-or-later.txt or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""What users are told: plain data that JSON can carry, with the right numbers."""
+
+from __future__ import annotations
+
+import json
+
+from dm_remap.engine import RemappedChunk, RemapReport
+from dm_remap.format import Diagnosis, Extent, LostRange, geometry_of
+from dm_remap.planner import plan_present, plan_remap
+from dm_remap.report import describe_remap, describe_target, diff_of, sector_ranges
+from tests.unit.test_planner import (
+    MAIN_SECTORS,
+    REQUEST,
+    active,
+    blank,
+    created,
+    seen_active,
+    with_fault,
+)
+
+
+def test_a_target() -> None:
+    metadata = created(Extent(3, 2, 0, 0), Extent(9, 1, 1, 4), lost=(LostRange(390, 2),))
+    described = describe_target(active(metadata))
+    assert json.loads(json.dumps(described)) == described
+    assert described["name"] == "data"
+    assert described["device"] == "/dev/mapper/data"
+    assert described["uuid"] == str(metadata.target_uuid)
+    assert described["generation"] == 2
+    assert described["sectors"] == MAIN_SECTORS
+    assert described["chunk_size"] == 65536
+    assert described["remapped_chunks"] == 3
+    assert described["lost"] == [{"start": 390, "count": 2}]
+    assert described["interrupted"] is False
+    assert described["main"]["path"] == "/dev/main"
+    assert described["main"]["serial"] == "serial-0"
+    assert described["table"][:2] == ["0 384 linear main 0", "384 256 linear spare0 0"]
+    assert described["warnings"] == []
+
+
+def test_spares_and_their_room() -> None:
+    metadata = created(Extent(3, 2, 0, 0))
+    first, second = describe_target(active(metadata))["spares"]
+    usable = geometry_of(metadata, 0).usable_chunks
+    assert (first["chunks"], first["free_chunks"]) == (usable, usable - 2)
+    assert (second["chunks"], second["free_chunks"]) == (usable, usable)
+    assert (first["path"], first["index"], first["serial"]) == ("/dev/spare0", 0, "serial-16")
+    assert second["uuid"] == metadata.config["spares"][1]["uuid"]
+    assert not first["copies_damaged"]
+    assert not first["stale"]
+
+
+def test_damage_and_interruption_are_told() -> None:
+    described = describe_target(with_fault(active(frozen=True), Diagnosis.UNREADABLE))
+    assert described["interrupted"] is True
+    assert [spare["copies_damaged"] for spare in described["spares"]] == [False, True]
+    assert "copy 3 of the metadata is unreadable" in described["warnings"][0]
+
+
+def test_a_remap() -> None:
+    chunk = RemappedChunk(
+        chunk=3,
+        start=384,
+        count=128,
+        spare=0,
+        spare_chunk=7,
+        recovered_first_read=120,
+        recovered_on_retry=5,
+        lost=[(390, 2), (392, 1)],
+    )
+    report = RemapReport(4, [chunk], salvage_seconds=0.123456, pause_seconds=0.01, seconds=0.2)
+    described = describe_remap(report)
+    assert json.loads(json.dumps(described)) == described
+    assert described["generation"] == 4
+    assert described["recovered"] == 125
+    assert described["lost"] == [{"start": 390, "count": 3}]
+    assert described["chunks"][0]["lost"] == [{"start": 390, "count": 3}]
+    assert described["chunks"][0]["spare_chunk"] == 7
+    assert described["salvage_seconds"] == 0.1235
+
+
+def test_ranges_are_sorted_and_joined() -> None:
+    assert sector_ranges([(9, 1), (0, 4), (2, 4)]) == [
+        {"start": 0, "count": 6},
+        {"start": 9, "count": 1},
+    ]
+    assert sector_ranges([]) == []
+
+
+def test_a_creation_shows_everything_as_new() -> None:
+    configuration, table = diff_of(plan_present(REQUEST, blank()))
+    assert configuration["before"] == ""
+    assert json.loads(configuration["after"])["spares"] == ["/dev/spare0", "/dev/spare1"]
+    assert table["before"] == ""
+    assert table["after"] == f"0 {MAIN_SECTORS} linear main 0\n"
+    assert configuration["before_header"] == "/dev/mapper/data configuration"
+
+
+def test_a_remap_shows_its_segments() -> None:
+    configuration, table = diff_of(plan_remap(active(), [(0, 1)]))
+    assert json.loads(configuration["before"])["generation"] == 1
+    assert json.loads(configuration["after"])["generation"] == 2
+    assert table["after"].splitlines()[0] == "0 128 linear spare0 0"
+
+
+def test_nothing_to_do_shows_no_difference() -> None:
+    for part in diff_of(plan_present(REQUEST, seen_active(active()))):
+        assert part["before"] == part["after"] != ""
