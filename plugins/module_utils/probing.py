@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import enum
+import errno
 import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -18,6 +19,11 @@ SYSFS = "/sys"
 # Sectors in one read while nothing is known to be bad: few enough that a bad one among them costs
 # one more failing read only, which can take seconds on a real disk.
 STRIDE = 64
+
+# What a block status for a bad sector becomes (blk_errors in block/blk-core.c): I/O error, medium
+# error, protection error, target error. Drivers disagree on which, so they are handled alike; any
+# other error says that the device itself is in trouble.
+MEDIUM_ERRORS = frozenset({errno.EIO, errno.ENODATA, errno.EILSEQ, errno.EREMOTEIO})
 
 # States of SCSI devices (scsi_sysfs.c) and NVMe controllers (nvme/host/sysfs.c) that answer.
 _LIVE_STATES = ("running", "live", "")
@@ -129,7 +135,7 @@ def probe(
     """
     bad: list[tuple[int, int]] = []
     unread: list[tuple[int, int]] = []
-    readable, errno = False, 0
+    readable, first_errno = False, 0
 
     def late() -> bool:
         # Something must be learned each time, or a slow disk would be asked the same for ever.
@@ -141,7 +147,7 @@ def probe(
             step = min(max(STRIDE, unit), end - position)
             fault = _read(device, position, step)
             readable = readable or not fault
-            errno = errno or fault
+            first_errno = first_errno or fault
             reach = position + step
             while fault and position < reach and not late():
                 size = min(unit, reach - position)
@@ -153,7 +159,7 @@ def probe(
             position = position if fault else reach
         if position < end:
             unread.append((position, end - position))
-    return Probe(merge_sectors(bad), merge_sectors(unread), readable, errno)
+    return Probe(merge_sectors(bad), merge_sectors(unread), readable, first_errno)
 
 
 def answers(device: Readable, avoid: Iterable[tuple[int, int]], unit: int) -> bool:
@@ -174,7 +180,7 @@ def _read(device: Readable, sector: int, count: int) -> int:
     try:
         device.read(sector, count)
     except OSError as error:
-        return error.errno or 5
+        return error.errno or errno.EIO
     return 0
 
 

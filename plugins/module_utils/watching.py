@@ -17,12 +17,9 @@ from .events import Draft, intersect_ranges, split_draft, subtract_ranges
 from .extents import merge_sectors
 from .inventory import Guarded
 from .journal import Observation
-from .probing import DeviceState, Probe, Readable, answers, probe
+from .probing import MEDIUM_ERRORS, DeviceState, Probe, Readable, answers, probe
 from .tracing import FLUSH, READ, WRITE
 
-# What a block status for a bad sector becomes (blk_errors in block/blk-core.c): I/O error, medium
-# error, protection error, target error. Drivers disagree on which, so they are handled alike.
-MEDIUM_ERRORS = (errno.EIO, errno.ENODATA, errno.EILSEQ, errno.EREMOTEIO)
 # A read that timed out may well have hit a bad sector; reading again tells.
 _PROBE_ERRORS = (*MEDIUM_ERRORS, errno.ETIMEDOUT)
 
