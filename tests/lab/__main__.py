@@ -257,7 +257,7 @@ def make_parser() -> argparse.ArgumentParser:
         f"image, cache ({', '.join(CACHE_MODES)}), survive, seed",
     )
     command.add_argument("--memory", type=int, default=512, help="MiB")
-    command.add_argument("--cpus", type=int, default=2)
+    command.add_argument("--cpus", type=int, help="default: 2 with KVM, else 1")
     command.add_argument("--forward", action="append", default=[], metavar="GUEST[:HOST]")
     command.add_argument("--json", action="store_true")
     add("list", list_command).add_argument("--json", action="store_true")

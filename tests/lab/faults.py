@@ -20,6 +20,9 @@ REQUESTS = {
     "flush": ("flush",),
 }
 
+# QEMU flushes a disk before it changes its faults, so flush faults must be used up by then.
+MAX_FLUSH_TIMES = 1000
+
 
 @dataclass(frozen=True)
 class Fault:
@@ -30,7 +33,8 @@ class Fault:
         count: number of sectors, at least 1.
         op: ``read``, ``write``, ``both``, or ``flush`` (which has no sectors).
         errno: the name of the error that QEMU's device gets, such as ``EIO``.
-        times: how many requests fail before the sector answers again; None for all of them.
+        times: how many requests fail at each sector before it answers again; None for all
+            requests. A flush fault needs it.
 
     Raises:
         LabError: an argument is not one of these.
@@ -51,6 +55,8 @@ class Fault:
             raise LabError(f"sectors {self.start}+{self.count}: start from 0, count from 1")
         if self.times is not None and self.times < 1:
             raise LabError(f"times {self.times}: give 1 or more")
+        if self.op == "flush" and not 1 <= (self.times or 0) <= MAX_FLUSH_TIMES:
+            raise LabError(f"a flush fault needs times, 1 to {MAX_FLUSH_TIMES}")
 
 
 def rules(faults: Iterable[Fault], block_sectors: int) -> list[dict[str, Any]]:

@@ -24,7 +24,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from .accel import QEMU, accelerator
+from .accel import KVM, QEMU, accelerator
 from .disk import AHCI_PORTS, SECTOR_BYTES, Disk, device, protocol_node, raw_node
 from .faults import Fault, rules, without
 from .image import ROOT_LABEL, SUITES, Image, ensure_image
@@ -34,7 +34,7 @@ from .qmp import Qmp
 
 ADDRESS = "127.0.0.1"
 SSH_PORT = 22
-BOOT_SECONDS = 300.0
+BOOT_SECONDS = 600.0
 # What the console says when a boot has failed for good.
 BOOT_FAILURES = ("Kernel panic - not syncing", "(initramfs) ", "You are in emergency mode")
 COMMAND_SECONDS = 300.0
@@ -63,11 +63,13 @@ left=$(dmsetup info -c --noheadings -o name,open 2>/dev/null | grep -v '^No devi
 """
 
 # One O_DIRECT request in the guest: path, action, sector, count; data on standard input.
+# A device that was open for writing is read again by udev, so reads open it for reading only.
 DIRECT_IO = r"""
 import mmap, os, sys
 path, action, sector, count = sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4])
 try:
-    device = os.open(path, os.O_RDWR | os.O_DIRECT)
+    mode = os.O_RDONLY if action == "read" else os.O_RDWR
+    device = os.open(path, mode | os.O_DIRECT)
     if action == "flush":
         os.fsync(device)
         sys.exit(0)
@@ -147,7 +149,8 @@ class GuestDisk:
             errno: ``EIO``, ``ENODATA`` or another name; what the guest sees differs by
                 interface (docs/lab.md).
             once: the same as ``times=1``.
-            times: fail that many requests for each sector, then answer again.
+            times: fail that many requests for each sector, then answer again. Kernels retry
+                by themselves: docs/lab.md says how often.
         """
         count = 1 if once and times is None else times
         ranges: list[tuple[int | None, int]] = [(None, 1)] if sectors is None else [*sectors]
@@ -221,7 +224,15 @@ class GuestDisk:
                     "discard": "unmap",
                 },
             )
-        qmp.execute("blockdev-reopen", options=[raw_node(self.spec, source)])
+        flushes = sum(fault.times or 0 for fault in self.faults if fault.op == "flush")
+        for attempt in range(flushes + 1):
+            try:
+                qmp.execute("blockdev-reopen", options=[raw_node(self.spec, source)])
+                break
+            except LabError:
+                # Each attempt flushes the disk first, and so uses up one failure of a flush.
+                if attempt == flushes:
+                    raise
         if old:
             qmp.execute("blockdev-del", **{"node-name": old})
         self._layer = layer if faults else 0
@@ -247,7 +258,7 @@ class GuestDisk:
         """Return the disk that to_dict() described."""
         disk = cls(machine, Disk(**data["spec"]), Path(data["image"]), data["extra"])
         disk._layer = data["layer"]
-        if data["server"]:
+        if data.get("server"):
             disk.server = Process(**data["server"])
         disk.faults = [Fault(**fault) for fault in data["faults"]]
         return disk
@@ -273,7 +284,8 @@ class Machine:
         image: ``debian-12`` or ``debian-13``; built first if it is not in the cache.
         disks: the data disks.
         memory_mb: the guest's memory in MiB.
-        cpus: the guest's processors.
+        cpus: the guest's processors; None for 2 with KVM and 1 without: two emulated ones wait
+            for each other's spinlocks for minutes when the host is busy.
         forwards: guest TCP port to host port on 127.0.0.1, None for a free one (read
             ``machine.forwards`` after start). Port 22 is always forwarded.
         name: the machine's name; None for a made-up one.
@@ -286,7 +298,7 @@ class Machine:
         image: str = "debian-12",
         disks: Sequence[Disk] = (),
         memory_mb: int = 512,
-        cpus: int = 2,
+        cpus: int | None = None,
         forwards: Mapping[int, int | None] | None = None,
         name: str | None = None,
         detached: bool = False,
@@ -544,7 +556,9 @@ class Machine:
             f"fsck.mode=skip systemd.machine_id={self.machine_id} systemd.hostname={self.name}"
         )
         command = [QEMU, "-nodefaults", "-display", "none", "-S", "-machine", "pc"]
-        command += [*accelerator(image), "-smp", str(self.cpus), "-m", str(self.memory_mb)]
+        accel = accelerator(image)
+        cpus = self.cpus or (2 if accel == KVM else 1)
+        command += [*accel, "-smp", str(cpus), "-m", str(self.memory_mb)]
         command += ["-kernel", str(image.kernel), "-initrd", str(image.initrd)]
         command += ["-append", kernel_arguments, "-name", self.name]
         command += ["-qmp", f"unix:{self._sockets()}/qmp,server=on,wait=off"]
