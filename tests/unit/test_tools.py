@@ -1,0 +1,115 @@
+# Copyright: dm_remap.storage contributors
+# GNU General Public License v3.0+ (see LICENSES/GPL-3.0-or-later.txt or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""The tools that run the tests must notice what fails."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tools"))
+
+import check_links
+import lay_out_collection
+import results
+import sanity
+
+PYTHON = sys.executable
+
+
+def outcome(status: int | None, output: str = "") -> results.Outcome:
+    return results.Outcome(status, output, 0.1)
+
+
+def test_a_command_that_fails_is_reported_with_its_output(tmp_path: Path) -> None:
+    ran = results.run([PYTHON, "-c", "print('why'); raise SystemExit(3)"], 60, tmp_path)
+    assert (ran.status, ran.output, ran.passed) == (3, "why\n", False)
+
+
+def test_a_command_that_hangs_is_ended_and_has_not_passed(tmp_path: Path) -> None:
+    ran = results.run([PYTHON, "-c", "import signal; signal.pause()"], 1, tmp_path)
+    assert ran.status is None
+    assert not ran.passed
+    assert "stopped" in ran.output
+
+
+def test_counts_survive_being_written_and_read(tmp_path: Path) -> None:
+    path = tmp_path / "part.xml"
+    results.write(path, "part", {"good": outcome(0), "bad": outcome(1), "late": outcome(None)})
+    assert str(results.read(path)) == "1 passed, 2 failed"
+
+
+def test_counts_of_pytest_are_read(tmp_path: Path) -> None:
+    path = tmp_path / "part.xml"
+    path.write_text(
+        "<testsuites><testsuite><testcase/><testcase><skipped/></testcase>"
+        "<testcase><failure/></testcase><testcase><error/></testcase></testsuite></testsuites>"
+    )
+    assert str(results.read(path)) == "1 passed, 2 failed, 1 skipped"
+
+
+@pytest.mark.parametrize("content", [None, "", "<testsuite>"])
+def test_no_whole_report_counts_nothing(tmp_path: Path, content: str | None) -> None:
+    path = tmp_path / "part.xml"
+    if content is not None:
+        path.write_text(content)
+    assert results.read(path) == results.Counts()
+
+
+SANITY = 'Running sanity test "pep8"\nRunning sanity test "pylint"\n'
+
+
+def test_sanity_tests_are_counted_one_by_one() -> None:
+    failed = (
+        SANITY + "FATAL: The 1 sanity test(s) listed below (out of 2) failed. See above.\npylint\n"
+    )
+    parts = sanity.split(outcome(1, failed))
+    assert {name: part.passed for name, part in parts.items()} == {"pep8": True, "pylint": False}
+
+
+def test_sanity_that_broke_off_has_failed() -> None:
+    parts = sanity.split(outcome(1, SANITY))
+    assert not all(part.passed for part in parts.values())
+
+
+@pytest.mark.parametrize(
+    ("text", "broken"),
+    [
+        ("[a](there.md)", 0),
+        ("[a](there.md#the-words-it-has)", 0),
+        ("[a](there.md#words)", 1),
+        ("[a](missing.md)", 1),
+        ("[a](#own-part)\n## Own part", 0),
+        ("[a](#other)\n## Own part", 1),
+        ("[a](https://example.org/missing.md)", 0),
+        ("`[a](missing.md)`", 0),
+        ("```\n[a](missing.md)\n```", 0),
+        ("[a]: missing.md", 1),
+    ],
+)
+def test_links(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str, broken: int) -> None:
+    monkeypatch.setattr(check_links, "ROOT", tmp_path)
+    (tmp_path / "there.md").write_text("# There\n\n## The `words` it has\n")
+    page = tmp_path / "page.md"
+    page.write_text(text)
+    assert len(check_links.broken_links(page)) == broken
+
+
+def test_the_copy_follows_the_sources(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    root, copy = tmp_path / "root", tmp_path / "root" / ".build" / "copy"
+    root.mkdir()
+    monkeypatch.setattr(lay_out_collection, "ROOT", root)
+    monkeypatch.setattr(lay_out_collection, "COPY", copy)
+    monkeypatch.setattr(lay_out_collection, "MANIFEST", root / ".build" / "manifest")
+    (root / "kept").write_text("old")
+    (root / "dropped").write_text("gone soon")
+    lay_out_collection.lay_out()
+    (copy / "left by a tool").write_text("stays")
+    (root / "kept").write_text("newer")
+    (root / "dropped").unlink()
+    lay_out_collection.lay_out()
+    assert {path.name for path in copy.iterdir()} == {"kept", "left by a tool", ".git"}
+    assert (copy / "kept").read_text() == "newer"
