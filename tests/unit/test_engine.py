@@ -603,15 +603,17 @@ def survivals(writes: Sequence[Volatile], seed: str) -> Iterator[list[Volatile]]
 
 
 def test_a_process_killed_anywhere_in_a_remap(target: Scene) -> None:
-    target.spoil(41, 83)
+    """Of single chunks, neighbours, and the short last one."""
+    ranges = [(40, 1), (80, 9), (SECTORS - 1, 1)]
+    target.spoil(41, 83, SECTORS - 2)
     turn = itertools.count()
 
     def on_step(name: str) -> None:
         number = next(turn)
-        for sector in (40 + number % 8, 80 + number % 3, 120):
+        for sector in (40 + number % 8, 80 + number % 3, 88, 120, SECTORS - 1):
             target.app.write(target.kernel, sector)
 
-    crashes = record(target, lambda e: target.remap((40, 1), (80, 1), engine=e), on_step)
+    crashes = record(target, lambda e: target.remap(*ranges, engine=e), on_step)
     assert len(crashes) > 60
     generations = []
     for crash in crashes:
@@ -619,7 +621,7 @@ def test_a_process_killed_anywhere_in_a_remap(target: Scene) -> None:
         scene.create()
         scene.check(why=crash.label)
         generations.append(scene.generation())
-        scene.remap((40, 1), (80, 1))
+        scene.remap(*ranges)
         scene.check(why=f"{crash.label}, remapped again")
         assert scene.generation() == 2
     assert generations == sorted(generations)
@@ -711,43 +713,110 @@ def remove_with(scene: Scene, engine: Engine) -> None:
     engine.apply(plan_absent(NAME, seen.target, seen))
 
 
-def calls_of_a_remap(folder: Path) -> list[str]:
-    scene = make_scene(folder)
+@pytest.fixture
+def calls(tmp_path: Path) -> list[str]:
+    """The calls that a remap makes, for tests that let each of them fail."""
+    scene = make_scene(tmp_path)
     scene.create()
     scene.spoil(41)
     calls: list[str] = []
     scene.remap((40, 1), engine=scene.engine(Process(scene.kernel, calls.append)))
+    assert len(calls) > 20
     return calls
 
 
-def test_one_call_that_fails_anywhere_in_a_remap(tmp_path: Path) -> None:
-    calls = calls_of_a_remap(tmp_path)
-    assert len(calls) > 20
-    results = set()
-    for number, label in enumerate(calls):
-        scene = make_scene(tmp_path)
-        scene.create()
-        scene.spoil(41)
-        results.add(remap_with_a_failure(scene, number, f"{number}: {label}"))
-    assert results == {1, 2}
-
-
-def remap_with_a_failure(scene: Scene, number: int, why: str) -> int:
+def numbered(number: int, action: Callable[[str], None]) -> Callable[[str], None]:
+    """Something for ``on_call`` or ``step`` that acts at one of the calls."""
     count = itertools.count()
 
     def on_call(name: str) -> None:
         if next(count) == number:
-            if name.startswith(("write", "flush")):
-                raise OSError(errno.EIO, f"injected into {name}")
-            raise DmRemapError(f"injected into {name}")
+            action(name)
 
+    return on_call
+
+
+def write_in_the_pause(scene: Scene) -> Callable[[str], None]:
     def step(name: str) -> None:
         if name in ("frozen", "committed"):
             scene.app.write(scene.kernel, 44)
 
-    with contextlib.suppress(DmRemapError):
-        scene.remap((40, 1), engine=scene.engine(Process(scene.kernel, on_call), step))
-    # What could not be written or undone at once is left to the next plan.
-    scene.create()
-    scene.check(why=why)
-    return scene.generation()
+    return step
+
+
+def test_one_call_that_fails_anywhere_in_a_remap(tmp_path: Path, calls: list[str]) -> None:
+    def fail(name: str) -> None:
+        if name.startswith(("write", "flush")):
+            raise OSError(errno.EIO, f"injected into {name}")
+        raise DmRemapError(f"injected into {name}")
+
+    generations = set()
+    for number, label in enumerate(calls):
+        scene = make_scene(tmp_path)
+        scene.create()
+        scene.spoil(41)
+        process = Process(scene.kernel, numbered(number, fail))
+        with contextlib.suppress(DmRemapError):
+            scene.remap((40, 1), engine=scene.engine(process, write_in_the_pause(scene)))
+        # What could not be written or undone at once is left to the next plan.
+        scene.create()
+        scene.check(why=f"{number}: {label}")
+        generations.add(scene.generation())
+    assert generations == {1, 2}
+
+
+def test_an_interrupt_after_any_step_of_a_remap(tmp_path: Path) -> None:
+    generations = []
+    interrupted = True
+    while interrupted:
+        scene = make_scene(tmp_path)
+        scene.create()
+        scene.spoil(41)
+        number = len(generations)
+
+        def interrupt(name: str) -> None:
+            raise KeyboardInterrupt(name)
+
+        interrupted = False
+        try:
+            scene.remap((40, 1), engine=scene.engine(step=numbered(number, interrupt)))
+        except KeyboardInterrupt:
+            interrupted = True
+        scene.create()
+        scene.check(why=str(number))
+        generations.append(scene.generation())
+    assert generations == sorted(generations)
+    assert generations[0] == 1
+    assert len(generations) > 20
+
+
+@pytest.mark.parametrize("spares", [1, 2])
+def test_a_spare_that_dies_anywhere_in_a_remap(
+    tmp_path: Path, calls: list[str], spares: int
+) -> None:
+    """Nothing hangs while it is away, and all is right once it is back."""
+    for (number, label), dying in itertools.product(enumerate(calls), range(spares)):
+        scene = make_scene(tmp_path, spares)
+        scene.create()
+        scene.spoil(41)
+        why = f"{number}: {label}, spare {dying}"
+
+        def die(name: str) -> None:
+            scene.spares[dying].dead = True  # noqa: B023
+
+        process = Process(scene.kernel, numbered(number, die))
+        with contextlib.suppress(DmRemapError):
+            scene.remap((40, 1), engine=scene.engine(process, write_in_the_pause(scene)))
+        assert not any(device.suspended for device in scene.kernel.mapped.values()), why
+        scene.app.settle(scene.kernel)
+        for request, (sector, _version) in list(scene.app.waiting.items()):
+            assert request in scene.kernel.failed, why
+            # A write that failed may have been done or not.
+            del scene.app.waiting[request]
+            scene.spares[dying].dead = False
+            scene.create()
+            assert scene.read(sector) in scene.app.versions[sector], why
+            scene.app.write(scene.kernel, sector)
+        scene.spares[dying].dead = False
+        scene.create()
+        scene.check(why=why)
