@@ -193,7 +193,7 @@ def describe(path: str) -> DeviceInfo:
     except OSError as error:
         raise DmRemapError(
             f"no such device: {os.strerror(error.errno or 0)}",
-            device=path,
+            device=path or "''",
             remedy="name an existing block device",
         ) from error
     if not stat.S_ISBLK(status.st_mode):

@@ -303,6 +303,7 @@ class Engine:
         return Seen(
             target=target,
             remains=() if target else tuple(self._remains(name)),
+            taken=() if target else tuple(self._taken(name)),
             main=self._blocks.describe(main) if main else None,
             candidates=tuple(self._candidate(path, with_signatures=not target) for path in spares),
         )
@@ -331,19 +332,25 @@ class Engine:
 
     def _remains(self, name: str) -> list[str]:
         """Our mapped devices under ``name`` that no live target uses, upper ones first."""
-        candidates = [name, _frozen_name(name)]
+        return [mapped for mapped, ours in self._under(name) if ours]
+
+    def _taken(self, name: str) -> list[str]:
+        """Mapped devices of others, or of other targets, whose names target ``name`` needs."""
+        return [mapped for mapped, ours in self._under(name) if not ours]
+
+    def _under(self, name: str) -> Iterator[tuple[str, bool]]:
+        """The mapped devices with names that target ``name`` uses, and whether they are its own.
+
+        The UUID decides: another target may be called like one of this target's parts.
+        """
+        parts = [name, _frozen_name(name)]
         for index in range(planner.MAX_SPARES):
-            candidates += [
-                spare_name(name, index),
-                _data_name(name, index),
-                _tags_name(name, index),
-            ]
-        found = []
-        for candidate in candidates:
-            device = self._mapper.info(candidate)
-            if device and device.uuid.startswith(UUID_PREFIX):
-                found.append(candidate)
-        return found
+            parts += [spare_name(name, index), _data_name(name, index), _tags_name(name, index)]
+        for part in parts:
+            device = self._mapper.info(part)
+            if device:
+                head, suffix = device.uuid[: len(UUID_PREFIX) + 32], part[len(name) :]
+                yield part, bool(_TARGET_UUID.match(head)) and device.uuid == head + suffix
 
     def _existing(self, name: str) -> MappedDevice:
         device = self._mapper.info(name)

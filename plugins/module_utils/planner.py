@@ -110,6 +110,7 @@ class Seen:
     Args:
         target: the active target of that name.
         remains: mapped devices that an interrupted command of ours left under that name.
+        taken: mapped devices of others that have a name which the target needs.
         main: the device that is to be main.
         candidates: the devices that are to be spares.
     """
@@ -118,6 +119,7 @@ class Seen:
     remains: tuple[str, ...]
     main: DeviceInfo | None
     candidates: tuple[Candidate, ...]
+    taken: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -173,6 +175,7 @@ def plan_present(
     if seen.target:
         return _plan_active(request, seen.target, seen)
     main = _present(seen.main, request.main)
+    _check_names(seen)
     _check_distinct(request, main, seen.candidates)
     _check_unused(main, seen.remains, "main")
     for candidate in seen.candidates:
@@ -208,8 +211,17 @@ def _check_request(request: Request) -> None:
 
 def _present(info: DeviceInfo | None, path: str) -> DeviceInfo:
     if info is None:
-        raise Refused("no such device", device=path, remedy="name an existing block device")
+        raise Refused("no such device", device=path or "''", remedy="name an existing block device")
     return info
+
+
+def _check_names(seen: Seen) -> None:
+    if seen.taken:
+        raise Refused(
+            "is a mapped device of something else, whose name the target would need",
+            device=f"/dev/mapper/{seen.taken[0]}",
+            remedy="choose another name for the target, or remove that device",
+        )
 
 
 def _check_distinct(request: Request, main: DeviceInfo, spares: Sequence[Candidate]) -> None:
@@ -257,7 +269,14 @@ def _existing(request: Request, candidates: Sequence[Candidate]) -> copies.Choic
     marked = {c.info.path: c.survey for c in candidates if not c.survey.empty}
     if not marked or request.wipe:
         return None
-    choice = copies.choose(marked)
+    try:
+        choice = copies.choose(marked)
+    except copies.NoMetadata as error:
+        raise Refused(
+            error.message,
+            device=error.device,
+            remedy="give an empty device, or wipe: true to erase it",
+        ) from error
     name = choice.metadata.config.get("name")
     if name != request.name:
         raise Refused(
@@ -416,12 +435,6 @@ def _check_spare(candidate: Candidate, main: DeviceInfo, chunk_bytes: int, wipe:
                 device=device.path,
                 remedy="use a larger chunk_size",
             )
-    if candidate.survey.newer and not wipe:
-        raise Refused(
-            "carries metadata of a newer version of this software",
-            device=info.path,
-            remedy="use that version, or wipe: true to erase it",
-        )
     content = list(candidate.signatures) + (
         [] if candidate.survey.empty else ["copies of a target's metadata"]
     )
@@ -585,7 +598,7 @@ def plan_remap(
 
     Raises:
         StaleGeneration: the metadata is at another generation.
-        Refused: a range is not on the target, or the spares are full.
+        Refused: a range is not on the target or cuts a block, or the spares are full.
     """
     metadata = target.metadata
     name = target.device.name
@@ -597,6 +610,7 @@ def plan_remap(
         )
     chunk_sectors = metadata.config["chunk_sectors"]
     total = metadata.config["main"]["sectors"]
+    _check_whole_blocks(name, ranges, metadata.config["block_sectors"])
     try:
         chunks = [
             chunk
@@ -637,6 +651,17 @@ def plan_remap(
         after=_state(after, upkeep.spares),
         placed=tuple(placed),
     )
+
+
+def _check_whole_blocks(name: str, ranges: Sequence[tuple[int, int]], block_sectors: int) -> None:
+    for start, count in ranges:
+        if start % block_sectors or count % block_sectors:
+            raise Refused(
+                f"sectors {start}+{count} are not whole blocks of "
+                f"{block_sectors * SECTOR_BYTES} bytes",
+                device=name,
+                remedy=f"give multiples of {block_sectors} as first sector and count",
+            )
 
 
 def usable_geometries(target: ActiveTarget) -> dict[int, Geometry]:

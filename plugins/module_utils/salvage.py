@@ -12,7 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from .errors import DmRemapError
+from .errors import DmRemapError, Refused
 
 SECTOR_BYTES = 512
 
@@ -51,6 +51,14 @@ class Patience:
     retries: int = 4
     backoff: float = 0.05
     budget: float = 600.0
+
+    def __post_init__(self) -> None:
+        # The comparison is this way round because no number is at least 0 or below it when NaN.
+        if self.retries < 0 or not self.budget >= 0:
+            raise Refused(
+                f"{self.retries} retries in {self.budget} seconds are not possible",
+                remedy="give 0 or more",
+            )
 
 
 @dataclass

@@ -80,7 +80,7 @@ def main() -> None:
     try:
         engine = Engine()
         engine.check_host()
-        if module.params["name"]:
+        if module.params["name"] is not None:
             targets = [describe_target(engine.require(module.params["name"]))]
         else:
             targets = [describe(engine, name) for name in engine.target_names()]

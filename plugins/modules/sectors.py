@@ -30,11 +30,15 @@ options:
     required: true
     suboptions:
       start:
-        description: First sector on the target, in units of 512 bytes.
+        description:
+          - First sector on the target, in units of 512 bytes.
+          - A multiple of 8 on a main with logical blocks of 4096 bytes.
         type: int
         required: true
       count:
-        description: Number of sectors.
+        description:
+          - Number of sectors.
+          - A multiple of 8 on a main with logical blocks of 4096 bytes.
         type: int
         default: 1
   expected_generation:
@@ -43,12 +47,13 @@ options:
       - Guards a decision that was made on an older state of the target.
     type: int
   retries:
-    description: How often a block that cannot be read is tried again before it counts as lost.
+    description:
+      - How often a block that cannot be read is tried again before it counts as lost, 0 or more.
     type: int
     default: 4
   salvage_seconds:
     description:
-      - Time for reading one chunk. When it is over, no further retry is begun.
+      - Time for reading one chunk, 0 or more. When it is over, no further retry is begun.
       - If it is over before every block was tried once, the task fails and changes nothing.
     type: float
     default: 600

@@ -144,7 +144,7 @@ from ansible.module_utils.basic import AnsibleModule
 from ansible.module_utils.common.text.formatters import human_to_bytes
 
 from ..module_utils.engine import Engine
-from ..module_utils.errors import DmRemapError
+from ..module_utils.errors import DmRemapError, Refused
 from ..module_utils.planner import Plan, Request, Seen, plan_absent, plan_present
 from ..module_utils.report import describe_target, diff_of
 
@@ -202,8 +202,12 @@ def request_from(module: AnsibleModule) -> Request:
     if params["chunk_size"] is not None:
         try:
             chunk_bytes = human_to_bytes(params["chunk_size"])
-        except ValueError as error:
-            module.fail_json(msg=f"chunk_size: {error}")
+        except (ValueError, OverflowError) as error:
+            raise Refused(
+                f"chunk_size {params['chunk_size']!r} is not a size",
+                device=params["name"],
+                remedy="use a power of two from 4K to 1M",
+            ) from error
     return Request(
         name=params["name"],
         main=params["main"],
