@@ -10,6 +10,7 @@ import copy
 import errno
 import itertools
 import random
+import uuid
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -398,6 +399,17 @@ def test_backups_are_kept_of_every_generation(target: Scene) -> None:
     assert kept == [f"{generation:020d}.slot" for generation in range(6, 22)]
 
 
+def test_metadata_names_the_host_by_a_hash(target: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert target.engine().require(NAME).metadata.host_id == engine_module.host_id()
+
+    def missing() -> uuid.UUID:
+        raise FileNotFoundError
+
+    monkeypatch.setattr(engine_module, "hashed_machine_id", missing)
+    target.remap((40, 1))
+    assert target.engine().require(NAME).metadata.host_id == uuid.UUID(int=0)
+
+
 # Disks that fail
 
 
@@ -628,8 +640,8 @@ def test_a_process_killed_anywhere_in_a_remap(target: Scene) -> None:
     assert set(generations) == {1, 2}
 
 
-@pytest.mark.parametrize("spares", [1, 2])
-def test_a_power_cut_anywhere_in_a_remap(tmp_path: Path, spares: int) -> None:
+@pytest.mark.parametrize(("spares", "busy"), [(1, False), (1, True), (2, True)])
+def test_a_power_cut_anywhere_in_a_remap(tmp_path: Path, spares: int, busy: bool) -> None:
     target = make_scene(tmp_path, spares)
     target.create()
     target.spoil(41)
@@ -637,7 +649,8 @@ def test_a_power_cut_anywhere_in_a_remap(tmp_path: Path, spares: int) -> None:
 
     def on_step(name: str) -> None:
         number = next(turn)
-        target.app.write(target.kernel, 40 + number % 8)
+        if busy:
+            target.app.write(target.kernel, 40 + number % 8)
         if number % 3 == 0 and not target.kernel.mapped.get(f"{NAME}-frozen"):
             target.app.flush(target.kernel)
 
