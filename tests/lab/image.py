@@ -85,6 +85,22 @@ ExecStart=ip route replace default via 10.0.2.2
 WantedBy=multi-user.target
 """
 
+# Told on the console when SSH and the network are up. To ask for SSH itself again and again would
+# keep a slow guest busy with answering.
+READY = "lab: ready for ssh"
+READY_UNIT = f"""\
+[Unit]
+Description=Word to the lab
+After=ssh.service lab-network.service
+Requires=ssh.service lab-network.service
+[Service]
+Type=oneshot
+RemainAfterExit=yes
+ExecStart=/bin/sh -c 'echo "{READY}" > /dev/ttyS0'
+[Install]
+WantedBy=multi-user.target
+"""
+
 # sshd checks its configuration when it starts; once is enough.
 SSH_UNIT = """\
 [Service]
@@ -133,6 +149,7 @@ def overlay_files(public_key: str) -> dict[str, tuple[int, str]]:
         "etc/initramfs-tools/hooks/lab": (0o755, INITRAMFS_HOOK),
         "etc/ssh/sshd_config.d/lab.conf": (0o600, SSHD_CONFIG),
         "etc/systemd/system/lab-network.service": (0o644, NETWORK_UNIT),
+        "etc/systemd/system/lab-ready.service": (0o644, READY_UNIT),
         "etc/systemd/system/ssh.service.d/lab.conf": (0o644, SSH_UNIT),
         "etc/systemd/system/serial-getty@ttyS0.service.d/lab.conf": (0o644, SERIAL_GETTY),
         "etc/systemd/journald.conf.d/lab.conf": (0o644, "[Journal]\nStorage=volatile\n"),
@@ -249,7 +266,7 @@ def bootstrap_command(suite: str, work: Path) -> list[str]:
     command += ["--dpkgopt=force-confold", *(f"--dpkgopt=path-exclude={e}" for e in excluded)]
     command += [
         f"--essential-hook=tar-in {quoted}/overlay.tar /",
-        '--customize-hook=chroot "$1" systemctl enable lab-network.service',
+        '--customize-hook=chroot "$1" systemctl enable lab-network.service lab-ready.service',
         f"--customize-hook=download /vmlinuz {quoted}/vmlinuz",
         f"--customize-hook=download /initrd.img {quoted}/initrd.img",
         f"--customize-hook=download /etc/ssh/ssh_host_ed25519_key.pub {quoted}/host_key.pub",

@@ -27,7 +27,7 @@ from typing import Any
 from .accel import KVM, QEMU, accelerator
 from .disk import AHCI_PORTS, SECTOR_BYTES, Disk, device, protocol_node, raw_node
 from .faults import Fault, rules, without
-from .image import ROOT_LABEL, SUITES, Image, ensure_image
+from .image import READY, ROOT_LABEL, SUITES, Image, ensure_image
 from .paths import LabError, machines_dir, ssh_key
 from .process import Process, spawn, tail
 from .qmp import Qmp
@@ -47,7 +47,9 @@ for unit in "$@"; do systemctl stop "$unit" 2>/dev/null; done
 for name in $(dmsetup info -c --noheadings -o name 2>/dev/null); do
     [ "$name" = "No" ] && break
     dmsetup resume "$name"
-    dmsetup message "$name" 0 fail_if_no_path 2>/dev/null
+done
+for name in $(dmsetup table --target multipath 2>/dev/null | sed -n 's/: 0 .*//p'); do
+    dmsetup message "$name" 0 fail_if_no_path
 done
 for round in 1 2 3; do
     awk '$2 ~ "^/mnt(/|$)" { print $2 }' /proc/mounts | tac | while read -r point; do
@@ -512,7 +514,7 @@ class Machine:
         self._read_forwards(qmp)
         self._write_ssh_config()
         qmp.execute("cont")
-        self._wait_for(begin, self._ssh_answers, "SSH")
+        self._wait_for(begin, self._ssh_is_ready, "SSH")
         self._start_ssh_master()
         self.last_boot_seconds = time.monotonic() - begin
         self.save()
@@ -552,7 +554,7 @@ class Machine:
         """Return QEMU's command line; faults are added before the guest's first instruction."""
         image = self.image
         kernel_arguments = (
-            f"root=LABEL={ROOT_LABEL} rw console=ttyS0 loglevel=4 net.ifnames=0 mitigations=off "
+            f"root=LABEL={ROOT_LABEL} rw console=ttyS0 loglevel=3 net.ifnames=0 mitigations=off "
             f"fsck.mode=skip systemd.machine_id={self.machine_id} systemd.hostname={self.name}"
         )
         command = [QEMU, "-nodefaults", "-display", "none", "-S", "-machine", "pc"]
@@ -764,13 +766,9 @@ class Machine:
             "utf-8",
         )
 
-    def _ssh_answers(self) -> bool:
-        """Say whether the guest's SSH server sends its banner."""
-        try:
-            with socket.create_connection((ADDRESS, self.port), timeout=1) as connection:
-                return connection.recv(4) == b"SSH-"
-        except OSError:
-            return False
+    def _ssh_is_ready(self) -> bool:
+        """Say whether the guest has told on its console that it can be logged in to."""
+        return READY in tail(self.directory / "console.log", 1000)
 
     def _start_ssh_master(self) -> None:
         """Open the connection that later commands share."""
