@@ -34,8 +34,8 @@ from .planner import (
     Seen,
     spare_name,
 )
-from .probing import answers
-from .salvage import MEDIUM_ERRORS, Outcome, Patience, Salvage, salvage
+from .probing import MEDIUM_ERRORS, answers
+from .salvage import Outcome, Patience, Salvage, salvage
 
 LOCK_DIR = "/run/dm-remap"
 BACKUP_DIR = "/var/lib/dm-remap/backup"
@@ -725,7 +725,7 @@ class Engine:
                     data = main.read(work.start + index * block, block)
                 except OSError as error:
                     if error.errno not in MEDIUM_ERRORS:
-                        raise
+                        raise _failure(main, error) from error
                     if work.salvage.outcomes[index] is Outcome.LOST:
                         continue
                     # The spare holds an older version of this block, which must never be seen.
@@ -734,10 +734,17 @@ class Engine:
                 work.salvage.data[index * size : (index + 1) * size] = data
                 found = found or work.salvage.outcomes[index] is Outcome.LOST
                 work.salvage.outcomes[index] = Outcome.FIRST_READ
-                spares[work.extent.spare].write(place + index * block, data)
+                spare = spares[work.extent.spare]
+                try:
+                    spare.write(place + index * block, data)
+                except OSError as error:
+                    raise _failure(spare, error) from error
                 touched.add(work.extent.spare)
-        for spare in touched:
-            spares[spare].flush()
+        for index in touched:
+            try:
+                spares[index].flush()
+            except OSError as error:
+                raise _failure(spares[index], error) from error
         self._step("caught_up")
         return found
 
@@ -972,6 +979,14 @@ def _write_chunk(work: _Work, device: OpenDevice, metadata: Metadata) -> bool:
         _reads(device, place + (first + i) * block, block)
         for first, count in work.salvage.runs(Outcome.LOST)
         for i in range(count)
+    )
+
+
+def _failure(device: OpenDevice, error: OSError) -> DmRemapError:
+    return DmRemapError(
+        f"fails with {error.strerror or error}",
+        device=device.name,
+        remedy="check that it is attached and powered; nothing was changed",
     )
 
 

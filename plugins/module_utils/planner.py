@@ -326,6 +326,8 @@ def _plan_activation(request: Request, main: DeviceInfo, seen: Seen, choice: cop
     by_uuid.update(unreached)
     spares: dict[int, DeviceInfo] = {}
     for index, entry in enumerate(metadata.config["spares"]):
+        if entry is None:
+            continue
         candidate = by_uuid.pop(uuid.UUID(entry["uuid"]), None)
         if candidate is None:
             raise Refused(

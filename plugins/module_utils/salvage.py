@@ -13,11 +13,9 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from .errors import DmRemapError, Refused
+from .probing import MEDIUM_ERRORS
 
 SECTOR_BYTES = 512
-
-# Errors that say "this block is bad"; any other says that the device itself is in trouble.
-MEDIUM_ERRORS = frozenset({errno.EIO, errno.ENODATA, errno.EREMOTEIO, errno.EILSEQ})
 
 
 class Outcome(enum.Enum):

@@ -506,6 +506,31 @@ def test_a_spare_that_cannot_be_flushed_never_leaves_writes_waiting(target: Scen
     target.check()
 
 
+@pytest.mark.parametrize("fault", ["unwritable", "flush", "main gone"])
+def test_a_device_that_fails_in_the_pause_is_named(target: Scene, fault: str) -> None:
+    geometry = planner.geometry_of(target.engine().require(NAME).metadata, 0)
+    spare, main = target.spares[0], target.main
+
+    def step(name: str) -> None:
+        if name != "frozen_created":
+            return
+        target.app.write(target.kernel, 40)
+        if fault == "unwritable":
+            spare.unwritable = {geometry.chunk_sector(0)}
+        elif fault == "flush":
+            spare.flush_fails = True
+        else:
+            main.dead, main.code = True, errno.ENXIO
+
+    with pytest.raises(DmRemapError, match="fails with") as caught:
+        target.remap((40, 1), engine=target.engine(step=step))
+    expected = main.path if fault == "main gone" else "/dev/dm-3"
+    assert caught.value.device == expected
+    main.dead = spare.flush_fails = False
+    assert target.generation() == 1
+    target.check()
+
+
 # Writes that race
 
 

@@ -270,6 +270,12 @@ def test_devices_that_will_not_do(seen: Seen, device: str, message: str) -> None
     assert caught.value.remedy
 
 
+def test_a_name_that_something_else_has_is_refused() -> None:
+    with pytest.raises(Refused, match="of something else") as caught:
+        plan_present(REQUEST, replace(blank(), taken=("data-spare0",)))
+    assert caught.value.device == "/dev/mapper/data-spare0"
+
+
 def test_a_slot_that_cannot_be_read_is_not_an_empty_device() -> None:
     seen = blank()
     survey = seen.candidates[0].survey
@@ -342,6 +348,17 @@ def test_all_spares_of_a_target_are_wanted() -> None:
     request = replace(REQUEST, spares=REQUEST.spares[:1])
     with pytest.raises(Refused, match="spare 1 .*serial-32.* is not among"):
         plan_present(request, replace(seen, candidates=seen.candidates[:1]))
+
+
+def test_a_spare_that_left_the_target_is_refused() -> None:
+    old = created()
+    config = {**old.config, "spares": [old.config["spares"][0], None]}
+    new = old.successor(5, config=config)
+    candidates = (candidate("/dev/spare0", new, 0), candidate("/dev/spare1", old, 1))
+    seen = replace(blank(), candidates=candidates)
+    with pytest.raises(Refused, match="not a spare of this target any more") as caught:
+        plan_present(REQUEST, seen)
+    assert caught.value.device == "/dev/spare1"
 
 
 def test_spares_of_another_target_are_refused() -> None:
@@ -555,6 +572,16 @@ def test_sectors_beside_the_target(wrong: tuple[int, int]) -> None:
     with pytest.raises(Refused, match="not on the target") as caught:
         plan_remap(active(), [wrong])
     assert caught.value.device == NAME
+
+
+@pytest.mark.parametrize("cut", [(1, 8), (0, 4), (12, 4), (4, 8)])
+def test_ranges_that_cut_a_logical_block(cut: tuple[int, int]) -> None:
+    metadata = created()
+    metadata = replace(metadata, config={**metadata.config, "block_sectors": 8})
+    target = replace(active(), choice=replace(active().choice, metadata=metadata))
+    assert plan_remap(target, [(8, 16)]).changes
+    with pytest.raises(Refused):
+        plan_remap(target, [cut])
 
 
 def test_full_spares() -> None:

@@ -12,8 +12,9 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from dm_remap.errors import DmRemapError
-from dm_remap.salvage import MEDIUM_ERRORS, Outcome, Patience, Salvage, salvage
+from dm_remap.errors import DmRemapError, Refused
+from dm_remap.probing import MEDIUM_ERRORS
+from dm_remap.salvage import Outcome, Patience, Salvage, salvage
 
 SECTOR = 512
 BEGIN = 16
@@ -185,3 +186,11 @@ def test_other_errors_are_not_about_a_block(code: int) -> None:
     with pytest.raises(DmRemapError, match="not a bad block") as caught:
         run(Disk({BEGIN + 1: None}, code=code), 4, 1)
     assert caught.value.device == "/dev/failing"
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"retries": -1}, {"budget": -0.1}, {"budget": float("nan")}], ids=str
+)
+def test_impossible_patience_is_refused(wrong: dict[str, float]) -> None:
+    with pytest.raises(Refused, match="are not possible"):
+        Patience(**wrong)  # type: ignore[arg-type]
