@@ -802,7 +802,12 @@ class Engine:
         if device is None or not device.suspended:
             return
         held = self._mapper.table(frozen)
-        self._mapper.load(frozen, [Segment(s.start, s.length, "error", "") for s in held])
+        table = [Segment(s.start, s.length, "error", "") for s in held]
+        # Where no other sector of main is in use, this is how the next plan knows main.
+        end = sum(segment.length for segment in held)
+        known = [s for s in held if s.target == "linear"][:1]
+        table += [replace(s, start=end) for s in known]
+        self._mapper.load(frozen, table)
         self._mapper.swap(frozen)
 
     def _thaw(

@@ -506,6 +506,19 @@ def test_a_spare_that_cannot_be_flushed_never_leaves_writes_waiting(target: Scen
     target.check()
 
 
+def test_a_whole_target_that_fails_can_be_thawed(target: Scene) -> None:
+    def step(name: str) -> None:
+        if name == "caught_up":
+            target.spares[0].flush_fails = True
+
+    with pytest.raises(DmRemapError, match="cannot be flushed"):
+        target.remap((0, SECTORS), engine=target.engine(step=step))
+    assert target.read(0) is None
+    target.spares[0].flush_fails = False
+    target.create()
+    target.check()
+
+
 @pytest.mark.parametrize("fault", ["unwritable", "flush", "main gone"])
 def test_a_device_that_fails_in_the_pause_is_named(target: Scene, fault: str) -> None:
     geometry = planner.geometry_of(target.engine().require(NAME).metadata, 0)
@@ -652,7 +665,7 @@ def test_a_process_killed_anywhere_in_a_remap(target: Scene) -> None:
 
     crashes = record(target, lambda e: target.remap(*ranges, engine=e), on_step)
     assert len(crashes) > 60
-    generations = []
+    generations: list[int] = []
     for crash in crashes:
         scene = target.at(crash.kernel, crash.app)
         scene.create()
@@ -680,7 +693,7 @@ def test_a_power_cut_anywhere_in_a_remap(tmp_path: Path, spares: int, busy: bool
             target.app.flush(target.kernel)
 
     crashes = record(target, lambda e: target.remap((40, 1), engine=e), on_step)
-    generations = []
+    generations: list[int] = []
     for crash in crashes:
         for survivors in survivals(crash.kernel.volatile(), crash.label):
             scene = target.at(crash.kernel.clone(), crash.app.clone())
@@ -804,7 +817,7 @@ def test_one_call_that_fails_anywhere_in_a_remap(tmp_path: Path, calls: list[str
 
 
 def test_an_interrupt_after_any_step_of_a_remap(tmp_path: Path) -> None:
-    generations = []
+    generations: list[int] = []
     interrupted = True
     while interrupted:
         scene = make_scene(tmp_path)
