@@ -23,7 +23,7 @@ from .blockdev import SECTOR_BYTES, DeviceInfo
 from .devmapper import DeviceMapper, MappedDevice, Segment, check_name
 from .errors import DmRemapError, Refused
 from .events import hashed_machine_id
-from .format import Extent, LostRange, Metadata, geometry_of, pack_slot, spare_uuid_of
+from .format import Extent, Geometry, LostRange, Metadata, geometry_of, pack_slot, spare_uuid_of
 from .planner import (
     UUID_PREFIX,
     ActiveSpare,
@@ -549,12 +549,12 @@ class Engine:
                 works.append(self._salvage_chunk(metadata, name, extent, main, patience))
                 self._step("salvaged")
             _check_alive(main, works, target.main)
-            self._write_chunks(works, target, spares, avoid)
+            members = self._open_members(stack, plan.spares)
+            self._write_chunks(works, target, spares, members, avoid)
             self._step("data_flushed")
             salvage_seconds = time.monotonic() - begun
 
             # What can be checked and packed before the pause does not prolong it.
-            members = self._open_members(stack, plan.spares)
             new = self._next(metadata, works)
             commit = copies.prepare_commit(members, metadata, new)
 
@@ -612,17 +612,19 @@ class Engine:
         works: Sequence[_Work],
         target: ActiveTarget,
         spares: Mapping[int, OpenDevice],
+        members: Mapping[int, OpenDevice],
         avoid: Sequence[tuple[int, int]],
     ) -> None:
         """Write what was read, and flush; chunks get other places where theirs will not do.
 
-        A place with old data where a lost sector must read as an error is passed over, and a
-        spare that fails is not used.
+        A place that is bad itself, or that has old data where a lost sector must read as an error,
+        is passed over, and a spare that fails is not used.
 
         Args:
             works: the chunks with their first places.
             target: the target.
-            spares: its open spares by index.
+            spares: its open integrity devices by index of the spare.
+            members: the spares themselves, open, by index.
             avoid: pairs of spare index and chunk that must not be used.
         """
         metadata = target.metadata
@@ -635,7 +637,10 @@ class Engine:
             for work in pending:
                 index = work.extent.spare
                 try:
-                    if index in usable and not _write_chunk(work, spares[index], metadata):
+                    if index in usable and not (
+                        _holds_data(work, members[index], usable[index])
+                        and _write_chunk(work, spares[index], metadata)
+                    ):
                         dirty.append(work)
                         shunned.append((index, work.extent.physical))
                 except OSError as error:
@@ -972,6 +977,30 @@ def _place(
         return main, chunk * chunk_sectors
     offset = (extent.physical + chunk - extent.logical) * chunk_sectors
     return spares.get(extent.spare, ""), offset
+
+
+def _holds_data(work: _Work, member: OpenDevice, geometry: Geometry) -> bool:
+    """Whether the chunk's place on the spare itself takes its data and gives it back.
+
+    dm-integrity acknowledges a write when it is in its journal. If the place below then turns out
+    bad, it fails all I/O to the whole spare (`dm_integrity_io_error` in drivers/md/dm-integrity.c),
+    so the place is tried first. Without its tag the data does not become readable by that.
+    """
+    place, block = geometry.chunk_sector(work.extent.physical), work.salvage.block_sectors
+    try:
+        for first, count in work.salvage.readable:
+            data = b"".join(work.salvage.block(first + i) for i in range(count))
+            member.write(place + first * block, data)
+            if member.read(place + first * block, count * block) != data:
+                return False
+        for first, count in work.salvage.runs(Outcome.LOST):
+            # What is lost may be written later, so its place must work too.
+            member.read(place + first * block, count * block)
+    except OSError as error:
+        if error.errno in MEDIUM_ERRORS:
+            return False
+        raise
+    return True
 
 
 def _write_chunk(work: _Work, device: OpenDevice, metadata: Metadata) -> bool:
