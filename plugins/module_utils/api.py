@@ -164,7 +164,8 @@ def _number(request: Any, name: str, default: int, low: int, high: int) -> int:
 
 
 _COUNTERS = {
-    "errors": "Failed requests seen, readahead left out",
+    "errors": "Failed requests of disks seen, readahead left out",
+    "bios": "Failed requests of stacked devices seen, those on top of disks included",
     "overruns": "Trace entries that the kernel dropped",
     "merged": "Failed requests that told nothing new",
 }

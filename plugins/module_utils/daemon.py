@@ -155,6 +155,7 @@ class Daemon:
             "newest": self._newest,
             "waiting": sum(len(items) for items in self._waiting.values()),
             "errors": self._counts["errors"],
+            "bios": self._counts["bios"],
             "overruns": self._counts["overruns"],
             "merged": self._counts["merged"],
             "events": dict(sorted(self._written.items())),
@@ -289,7 +290,8 @@ class Daemon:
             if not lines:
                 return
             errors, lost = parse_lines(lines)
-            self._counts["errors"] += len(errors)
+            for error in errors:
+                self._counts["errors" if error.request else "bios"] += 1
             if errors:
                 self._dispatch(await self._record(errors))
             if lost:
