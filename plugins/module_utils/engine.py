@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import errno
 import fcntl
 import os
 import re
 import subprocess
 import time
 import uuid
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
@@ -44,6 +46,8 @@ BACKUPS_KEPT = 16
 _TARGET_UUID = re.compile(re.escape(UUID_PREFIX) + r"([0-9a-f]{32})\Z")
 _STATS_PROGRAM = "dm_remap"
 _ATTEMPTS = 3
+# A spare on which so many chosen places are bad is not used for the remap.
+_BAD_PLACES = 3
 _MCL_CURRENT, _MCL_FUTURE = 1, 2
 
 
@@ -631,16 +635,26 @@ class Engine:
         usable = planner.usable_geometries(target)
         shunned = list(avoid)
         faults: dict[int, OSError] = {}
+        bad_places: Counter[int] = Counter()
         pending = list(works)
         while pending:
             dirty = []
             for work in pending:
                 index = work.extent.spare
+                if index not in usable:
+                    continue
                 try:
-                    if index in usable and not (
-                        _holds_data(work, members[index], usable[index])
-                        and _write_chunk(work, spares[index], metadata)
-                    ):
+                    _try_place(work, members[index], usable[index])
+                except OSError as error:
+                    faults[index] = error
+                    dirty.append(work)
+                    shunned.append((index, work.extent.physical))
+                    bad_places[index] += 1
+                    if bad_places[index] == _BAD_PLACES or error.errno not in MEDIUM_ERRORS:
+                        usable.pop(index)
+                    continue
+                try:
+                    if not _write_chunk(work, spares[index], metadata):
                         dirty.append(work)
                         shunned.append((index, work.extent.physical))
                 except OSError as error:
@@ -979,28 +993,25 @@ def _place(
     return spares.get(extent.spare, ""), offset
 
 
-def _holds_data(work: _Work, member: OpenDevice, geometry: Geometry) -> bool:
-    """Whether the chunk's place on the spare itself takes its data and gives it back.
+def _try_place(work: _Work, member: OpenDevice, geometry: Geometry) -> None:
+    """Check that the chunk's place on the spare itself takes its data and gives it back.
 
     dm-integrity acknowledges a write when it is in its journal. If the place below then turns out
     bad, it fails all I/O to the whole spare (`dm_integrity_io_error` in drivers/md/dm-integrity.c),
     so the place is tried first. Without its tag the data does not become readable by that.
+
+    Raises:
+        OSError: the place is bad.
     """
     place, block = geometry.chunk_sector(work.extent.physical), work.salvage.block_sectors
-    try:
-        for first, count in work.salvage.readable:
-            data = b"".join(work.salvage.block(first + i) for i in range(count))
-            member.write(place + first * block, data)
-            if member.read(place + first * block, count * block) != data:
-                return False
-        for first, count in work.salvage.runs(Outcome.LOST):
-            # What is lost may be written later, so its place must work too.
-            member.read(place + first * block, count * block)
-    except OSError as error:
-        if error.errno in MEDIUM_ERRORS:
-            return False
-        raise
-    return True
+    for first, count in work.salvage.readable:
+        data = b"".join(work.salvage.block(first + i) for i in range(count))
+        member.write(place + first * block, data)
+        if member.read(place + first * block, count * block) != data:
+            raise OSError(errno.EIO, "gives back other data than was written", member.name)
+    for first, count in work.salvage.runs(Outcome.LOST):
+        # What is lost may be written later, so its place must work too.
+        member.read(place + first * block, count * block)
 
 
 def _write_chunk(work: _Work, device: OpenDevice, metadata: Metadata) -> bool:

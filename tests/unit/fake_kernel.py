@@ -388,7 +388,8 @@ class Kernel:
         try:
             self.write(device.devno, request.sector, request.data)
         except Blocked as blocked:
-            assert blocked.data == request.data, "an application's write spans segments"
+            if blocked.data != request.data:
+                raise AssertionError("an application's write spans segments") from blocked
             above = (*blocked.above, *request.above)
             blocked.at.waiting.append(Request(request.number, blocked.sector, blocked.data, above))
             return

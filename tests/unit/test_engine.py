@@ -473,9 +473,16 @@ def test_a_spare_that_cannot_be_written_leaves_the_work_to_another(tmp_path: Pat
     scene.check()
 
 
-def test_without_a_spare_that_can_be_written_nothing_changes(target: Scene) -> None:
+def test_a_bad_place_on_a_spare_is_passed_over(target: Scene) -> None:
     geometry = planner.geometry_of(target.engine().require(NAME).metadata, 0)
     target.spares[0].unwritable = {geometry.chunk_sector(0) + 3}
+    assert target.remap((40, 1)).chunks[0].spare_chunk == 1
+    target.check()
+
+
+def test_without_a_spare_that_can_be_written_nothing_changes(target: Scene) -> None:
+    geometry = planner.geometry_of(target.engine().require(NAME).metadata, 0)
+    target.spares[0].unwritable = set(range(geometry.data_start, geometry.far_middle))
     with pytest.raises(DmRemapError, match="cannot be written") as caught:
         target.remap((40, 1))
     assert caught.value.device == target.spares[0].path
