@@ -203,6 +203,8 @@ class Engine:
         progress: called with a sentence when something long begins.
         lock_dir: folder of the lock files.
         backup_dir: folder of the metadata backups.
+        guard: while I/O is frozen, keep a second process that ends the freeze if this one is
+            killed. Only for processes with one thread.
     """
 
     def __init__(
@@ -213,6 +215,7 @@ class Engine:
         progress: Callable[[str], None] | None = None,
         lock_dir: str = LOCK_DIR,
         backup_dir: str = BACKUP_DIR,
+        guard: bool = False,
     ) -> None:
         self._mapper: Mapper = mapper or DeviceMapper()
         self._blocks = blocks
@@ -220,6 +223,7 @@ class Engine:
         self._progress = progress or (lambda text: None)
         self._lock_dir = lock_dir
         self._backup_dir = backup_dir
+        self._guard = guard
 
     # Observation
 
@@ -562,8 +566,9 @@ class Engine:
             new = self._next(metadata, works)
             commit = copies.prepare_commit(members, metadata, new)
 
-            paused = time.monotonic()
             chunks = [work.extent.logical for work in works]
+            stack.enter_context(self._guarded(name))
+            paused = time.monotonic()
             try:
                 self._freeze(target, chunks, events)
                 if self._catch_up(works, metadata, name, main, spares):
@@ -791,6 +796,37 @@ class Engine:
             index: stack.enter_context(self._blocks.BlockDevice(info.path, writable=True))
             for index, info in spares.items()
         }
+
+    @contextlib.contextmanager
+    def _guarded(self, name: str) -> Iterator[None]:
+        """Keep a process that ends the freeze of target ``name`` if this one dies in the block.
+
+        It has the target's lock too, so nobody else gets it before the freeze has ended.
+        """
+        if not self._guard:
+            yield
+            return
+        ours, theirs = os.pipe()
+        child = os.fork()
+        if child == 0:
+            code = 1
+            try:
+                os.setsid()
+                os.close(theirs)
+                _lock_memory()
+                # The end of the pipe without a word is the end of the other process.
+                if not os.read(ours, 1):
+                    self._end_freeze(name)
+                code = 0
+            finally:
+                os._exit(code)
+        os.close(ours)
+        try:
+            yield
+        finally:
+            os.write(theirs, b".")
+            os.close(theirs)
+            os.waitpid(child, 0)
 
     def _end_freeze(self, name: str) -> None:
         """End a freeze that was interrupted, as the metadata on the spares has it."""

@@ -207,7 +207,7 @@ def run(module: AnsibleModule) -> None:
     name = params["name"]
     ranges = [(item["start"], item["count"]) for item in params["ranges"]]
     patience = Patience(retries=params["retries"], budget=params["salvage_seconds"])
-    engine = Engine()
+    engine = Engine(guard=True)
     engine.check_host()
     with engine.locked(name):
         plan = plan_remap(engine.require(name), ranges, params["expected_generation"])

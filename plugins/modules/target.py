@@ -174,7 +174,7 @@ def main() -> None:
 def run(module: AnsibleModule) -> None:
     """Carry the task out and end the module with its result."""
     name = module.params["name"]
-    engine = Engine()
+    engine = Engine(guard=True)
     engine.check_host()
     with engine.locked(name):
         if module.params["state"] == "present":

@@ -194,6 +194,13 @@ def check_race(guest: Guest, main: str, spare: str, races: int) -> None:
 
 
 @pytest.mark.core
+@pytest.mark.parametrize(("last", "remapped"), [("frozen", False), ("committed", True)])
+def test_a_guard_ends_the_freeze_of_a_killed_remap(guest: Guest, last: str, remapped: bool) -> None:
+    prepare(guest, "main", "spare", "spare2", sectors=16384)
+    found = guest.call("guarded", name=NAME, seed=SEED, last=last, chunk=11)
+    assert found == {"wrong": [], "remapped": remapped, "interrupted": False, "damaged": 0}
+
+
 def test_a_remap_that_is_killed_after_each_step(guest: Guest) -> None:
     prepare(guest, "main", "spare", "spare2", sectors=16384)
     steps = guest.call("steps", name=NAME, chunk=0)
