@@ -290,8 +290,8 @@ class Daemon:
             if not lines:
                 return
             errors, lost = parse_lines(lines)
-            for error in errors:
-                self._counts["errors" if error.request else "bios"] += 1
+            for failed in errors:
+                self._counts["errors" if failed.request else "bios"] += 1
             if errors:
                 self._dispatch(await self._record(errors))
             if lost:

@@ -104,11 +104,12 @@ def parse_line(line: str) -> BlockError | Lost | None:
 def _operation(rwbs: str, count: int) -> tuple[str, bool]:
     # Form: preflush F, operation, then F for FUA, A for readahead, S for sync, M for metadata.
     found = _RWBS.match(rwbs)
-    if found is None or (count == 0 and not rwbs.startswith("F")):
+    if found is None:
         return "", False
-    if count == 0 or not found["data"]:
-        return FLUSH, False
-    return _OPERATIONS[found["data"]], "A" in found["flags"]
+    if count == 0:
+        # An empty write is a flush; the block layer has taken its preflush flag off by then.
+        return ("" if found["data"] == "R" else FLUSH), False
+    return _OPERATIONS.get(found["data"], ""), "A" in found["flags"]
 
 
 def parse_lines(lines: Iterable[str]) -> tuple[list[BlockError], int]:

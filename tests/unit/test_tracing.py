@@ -57,7 +57,7 @@ def test_operation_and_readahead(rwbs, operation, readahead):
     assert (error.operation, error.readahead) == (operation, readahead)
 
 
-@pytest.mark.parametrize("rwbs", ["FF", "F", "FS", "FWS"])
+@pytest.mark.parametrize("rwbs", ["FF", "F", "FS", "FWS", "WS"])
 def test_an_empty_request_is_a_flush(rwbs):
     error = parse_line(f"{PREFIX}block_rq_error: 8,0 {rwbs} () 0 + 0 [-5]")
     assert (error.operation, error.count) == ("flush", 0)
