@@ -44,11 +44,14 @@ class Guarded:
     @property
     def disks(self) -> list[Disk]:
         first, second = SURVIVAL[self.index % 2]
-        spare = {"size": "22M", "interface": "scsi", "cache": "volatile"}
+        main, spare = MAIN_SECTORS * 512, 22 << 20
         return [
-            Disk(f"main{self.index}", size=MAIN_SECTORS * 512, cache="volatile"),
-            Disk(f"first{self.index}", survive=first, seed=self.index, **spare),  # type: ignore[arg-type]
-            Disk(f"second{self.index}", survive=second, seed=self.index, **spare),  # type: ignore[arg-type]
+            Disk(f"{role}{self.index}", size, "scsi", cache="volatile", survive=survive)
+            for role, size, survive in (
+                ("main", main, 0.0),
+                ("first", spare, first),
+                ("second", spare, second),
+            )
         ]
 
     def places(self) -> dict[str, Any]:
@@ -146,7 +149,7 @@ def walk(machine: Machine, targets: list[Guarded], walks: int) -> list[dict[str,
     for target in targets:
         lost = [(lost_sector(turn), 1) for turn in range(TURNS)]
         guest.call("prepare", **target.places(), sectors=MAIN_SECTORS)
-        machine.disk(f"main{target.index}").fail(lost, op="read")
+        machine.disk(f"main{target.index}").fail(lost, op="read", errno="ENODATA")
     steps = guest.call("steps", name=targets[0].name, chunk=0)
     targets[0].chunks.add(0)
     targets[0].generation += 1

@@ -15,7 +15,7 @@ from typing import Any
 
 from dm_remap.blockdev import BlockDevice
 from dm_remap.engine import Engine
-from dm_remap.planner import Request, plan_present
+from dm_remap.planner import Request, plan_absent, plan_present
 from dm_remap.salvage import Patience
 
 SECTOR_BYTES = 512
@@ -121,6 +121,14 @@ def present(
         plan = plan_present(request, engine.see(name, main, request.spares))
         engine.apply(plan)
     return [action.kind for action in plan.actions]
+
+
+def absent(name: str) -> None:
+    """Remove an active target as the module does."""
+    engine = Engine()
+    with engine.locked(name):
+        seen = engine.see(name, None, ())
+        engine.apply(plan_absent(name, seen.target, seen))
 
 
 def remap(

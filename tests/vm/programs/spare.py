@@ -15,6 +15,7 @@ from scene import (
     SECTOR_BYTES,
     BlockDevice,
     Engine,
+    absent,
     answer,
     arguments,
     pattern,
@@ -99,6 +100,10 @@ def examine(given: dict[str, Any]) -> dict[str, Any]:
         survey = copies.survey(device)
     actions = present(name, main, [path])
     wrong += problems(device_path, seed, ranges) + unwritten(device_path, probes)
+    absent(name)
+    present(name, main, [path])
+    # What the spare held for its former target must not come back.
+    wrong += unwritten(device_path, [chunk * size for chunk in chunks])
     return {
         "data_sectors": geometry.data_sectors,
         "sectors": sectors,
