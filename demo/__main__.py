@@ -99,7 +99,7 @@ def tell(teller: Teller, work: Path, image: str) -> None:
         forwards={DAEMON_PORT: None},
     )
     with teller.working(f"find or build the {image} guest image"):
-        _ = machine.image
+        _unused = machine.image
     try:
         with teller.working("boot the virtual machine"):
             machine.start()

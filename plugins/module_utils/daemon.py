@@ -318,7 +318,7 @@ class Daemon:
             total = self._trace.overruns()
         except OSError:
             return  # the instance is gone, which the next check repairs
-        boot, _, told = (await self._remembered("overruns")).partition(" ")
+        boot, _unused, told = (await self._remembered("overruns")).partition(" ")
         known = int(told) if boot == self._origin.boot_id else 0
         # A smaller number means that the instance was made anew.
         lost = total - known if total >= known else total

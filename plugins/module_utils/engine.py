@@ -464,7 +464,8 @@ class Engine:
             copies.repair(device, copies.choose(surveys), spare_uuid)
 
     def _do_create_target(self, plan: Plan, action: planner.Action) -> None:
-        assert plan.main is not None
+        if plan.main is None:
+            raise AssertionError("a plan that creates a target has a main")
         spares = {
             index: self._existing(spare_name(plan.name, index)).devno for index in plan.spares
         }
@@ -540,7 +541,8 @@ class Engine:
         avoid: Sequence[tuple[int, int]],
     ) -> RemapReport:
         name, metadata = plan.name, target.metadata
-        assert target.main is not None
+        if target.main is None:
+            raise AssertionError("a target with chunks to remap has a main")
         begun = time.monotonic()
         works: list[_Work] = []
         self._drop_statistics(name)
@@ -697,7 +699,8 @@ class Engine:
 
         A flush to the target waits too, because device-mapper sends it to every segment.
         """
-        assert target.main is not None
+        if target.main is None:
+            raise AssertionError("a target with chunks to remap has a main")
         name, metadata, frozen = (
             target.device.name,
             target.metadata,
@@ -915,7 +918,7 @@ class Engine:
                         wrong.append((work, index))
         written = {
             (work.region, index)
-            for work in {id(w): w for w, _ in wrong}.values()
+            for work in {id(w): w for w, _unused in wrong}.values()
             for index in self._written_blocks(name, work.region)
         }
         bad = [
@@ -992,7 +995,8 @@ def _frozen_name(name: str) -> str:
 
 
 def _metadata_of(plan: Plan) -> Metadata:
-    assert plan.metadata is not None, "only plans with metadata have such actions"
+    if plan.metadata is None:
+        raise AssertionError("only plans with metadata have such actions")
     return plan.metadata
 
 

@@ -506,7 +506,7 @@ class Machine:
             self._command(), self.directory, self.directory / "qemu.log", self.detached
         )
         self.save()
-        self._wait_for(begin, lambda: (self._sockets() / "qmp").exists(), "QEMU's control socket")
+        self._wait_for(begin, (self._sockets() / "qmp").exists, "QEMU's control socket")
         qmp = self.qmp()
         for disk in self.disks.values():
             if disk.faults:

@@ -716,7 +716,7 @@ def test_a_power_cut_anywhere_in_a_remap(tmp_path: Path, spares: int, busy: bool
 @pytest.mark.parametrize("power_cut", [False, True], ids=["killed", "power cut"])
 def test_a_crash_anywhere_in_a_creation(tmp_path: Path, spares: int, power_cut: bool) -> None:
     scene = make_scene(tmp_path, spares)
-    crashes = record(scene, lambda e: scene.create(e))
+    crashes = record(scene, scene.create)
     assert len(crashes) > 15
     for crash in crashes:
         choices = survivals(crash.kernel.volatile(), crash.label) if power_cut else [[]]
@@ -737,7 +737,7 @@ def test_a_crash_anywhere_in_a_creation_over_an_old_target(target: Scene, power_
     target.kernel.cut_power([])
     wiping = replace(target, request=replace(target.request, wipe=True))
     target.spares[0].fill(2, FILESYSTEM_MAGIC.ljust(SECTOR, b"\0"))
-    crashes = record(wiping, lambda e: wiping.create(e))
+    crashes = record(wiping, wiping.create)
     for crash in crashes:
         choices = survivals(crash.kernel.volatile(), crash.label) if power_cut else [[]]
         for survivors in choices:

@@ -168,7 +168,7 @@ def test_a_volatile_store_reads_what_was_written_and_keeps_what_was_flushed(imag
 
 def test_a_part_of_the_unflushed_blocks_survives_repeatably(image: int) -> None:
     results = []
-    for _ in range(2):
+    for _unused in range(2):
         os.pwrite(image, bytes(1 << 20), 0)
         store = Store(image, block=512, survive=0.5, seed=7)
         store.write(0, b"\1" * 512 * 1000)

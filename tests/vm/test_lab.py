@@ -86,7 +86,7 @@ def test_a_weak_sector_answers_after_its_failures(lab: Machine, name: str, injec
     disk = lab.disk(name)
     tries = KERNEL_TRIES[name, injected]
     disk.fail([(30000, 1)], op="read", errno=injected, times=2 * tries)
-    for _ in range(2):
+    for _unused in range(2):
         with pytest.raises(OSError, match="error|No data"):
             disk.read(30000, 1)
     assert disk.read(30000, 1) == bytes(512)
@@ -114,7 +114,7 @@ def test_a_whole_disk_and_thousands_of_sectors(lab: Machine) -> None:
 def test_a_failing_flush(lab: Machine) -> None:
     disk = lab.disk("main")
     disk.fail(op="flush", times=100)
-    for _ in range(2):
+    for _unused in range(2):
         disk.write(8, bytes(512))
         with pytest.raises(OSError, match="Input/output"):
             disk.flush()
@@ -252,7 +252,9 @@ def test_a_wwn_gives_the_disk_its_name(own: Machine) -> None:
 def test_ports_are_forwarded_from_this_host_alone(own: Machine) -> None:
     port = own.forwards[9741]
     assert port
-    listening = subprocess.run(["ss", "-Hltn", f"sport = :{port}"], capture_output=True, text=True)
+    listening = subprocess.run(
+        ["ss", "-Hltn", f"sport = :{port}"], capture_output=True, text=True, check=True
+    )
     assert f"127.0.0.1:{port}" in listening.stdout
     assert own.run("timeout 5 bash -c '</dev/tcp/10.0.2.2/22'", check=False).rc != 0
 
