@@ -15,6 +15,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tools"))
 import check_links
 import lay_out_collection
 import results
+import run_molecule
 import sanity
 
 PYTHON = sys.executable
@@ -73,6 +74,22 @@ def test_sanity_tests_are_counted_one_by_one() -> None:
 def test_sanity_that_broke_off_has_failed() -> None:
     parts = sanity.split(outcome(1, SANITY))
     assert not all(part.passed for part in parts.values())
+
+
+MOLECULE = "default > create: Executed: Successful\ntarget > converge: Executed: Successful\n"
+
+
+@pytest.mark.parametrize(("status", "passed"), [(0, 2), (1, 2), (None, 2)])
+def test_molecule_steps_are_counted_one_by_one(status: int | None, passed: int) -> None:
+    parts = run_molecule.split(outcome(status, MOLECULE))
+    assert sum(part.passed for part in parts.values()) == passed
+    assert all(part.passed for part in parts.values()) == (status == 0)
+
+
+@pytest.mark.parametrize("status", [0, 1])
+def test_molecule_without_a_report_shows_its_own_outcome(status: int) -> None:
+    parts = run_molecule.split(outcome(status))
+    assert [part.status for part in parts.values()] == [status]
 
 
 @pytest.mark.parametrize(
