@@ -78,12 +78,12 @@ def prepare(guest: Guest, main: str, *spares: str, sectors: int = FILLED_SECTORS
     return made
 
 
-def remap_bad_sector(guest: Guest, **more: Any) -> dict[str, Any]:
+def remap_bad_sector(guest: Guest, pair: Pair, **more: Any) -> dict[str, Any]:
     done: dict[str, Any] = guest.call(
         "remap_ranges",
         name=NAME,
         seed=SEED,
-        ranges=[(BAD_SECTOR, 1)],
+        ranges=[(BAD_SECTOR, pair.block_sectors)],
         patience=THOROUGH,
         **more,
     )
@@ -97,7 +97,7 @@ def remap_bad_sector(guest: Guest, **more: Any) -> dict[str, Any]:
 def test_a_sector_that_cannot_be_read(guest: Guest, pair: Pair) -> None:
     prepare(guest, pair.main, pair.spare)
     guest.machine.disk(pair.main).fail([(BAD_SECTOR, 1)], op="read", errno=pair.errno)
-    done = remap_bad_sector(guest)
+    done = remap_bad_sector(guest, pair)
     assert done["report"]["lost"] == [[BAD_SECTOR, pair.block_sectors]]
     assert done["lost"] == [*range(BAD_SECTOR, BAD_SECTOR + pair.block_sectors)]
     (chunk,) = done["report"]["chunks"]
@@ -113,7 +113,7 @@ def test_a_sector_that_reads_after_some_tries(guest: Guest, pair: Pair) -> None:
     prepare(guest, pair.main, pair.spare)
     disk = guest.machine.disk(pair.main)
     disk.fail([(BAD_SECTOR, 1)], op="read", errno=pair.errno, times=pair.weak)
-    done = remap_bad_sector(guest)
+    done = remap_bad_sector(guest, pair)
     (chunk,) = done["report"]["chunks"]
     assert chunk["recovered_on_retry"] == pair.block_sectors
     assert chunk["recovered_first_read"] == CHUNK_SECTORS - pair.block_sectors
@@ -125,7 +125,7 @@ def test_a_sector_that_reads_after_some_tries(guest: Guest, pair: Pair) -> None:
 def test_a_sector_that_cannot_be_written(guest: Guest, pair: Pair) -> None:
     prepare(guest, pair.main, pair.spare)
     guest.machine.disk(pair.main).fail([(BAD_SECTOR, 1)], op="write", errno=pair.errno)
-    done = remap_bad_sector(guest, write_first=[BAD_SECTOR], write=[BAD_SECTOR])
+    done = remap_bad_sector(guest, pair, write_first=[BAD_SECTOR], write=[BAD_SECTOR])
     assert len(done["refused"]) == 1, "the fault must be seen before the remap"
     assert done["report"]["lost"] == []
     assert done["wrong"] == []

@@ -92,7 +92,7 @@ def race(name: str, chunk: int) -> dict[str, Any]:
         for _unused, ready in writers:
             if not os.read(ready, 1):
                 raise AssertionError("a writer ended before it was at work")
-        report = remap(name, [(chunk * chunk_sectors, 1)])
+        report = remap(name, [(chunk * chunk_sectors, block)])
     finally:
         stop[0] = STOP
         codes = [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid, _unused in writers]
