@@ -129,6 +129,8 @@ def make_unprivileged_user(machine: Machine) -> None:
     """Let the host ``unprivileged`` be logged in to with root's key."""
     machine.run(
         f"id {UNPRIVILEGED} >/dev/null 2>&1 || useradd --create-home {UNPRIVILEGED}; "
+        # sshd lets nobody in whose password is locked, but no password at all is fine.
+        f"usermod --password '*' {UNPRIVILEGED}; "
         f"cp -r /root/.ssh /home/{UNPRIVILEGED}/ && "
         f"chown -R {UNPRIVILEGED}: /home/{UNPRIVILEGED}/.ssh"
     )

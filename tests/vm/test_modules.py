@@ -290,9 +290,22 @@ def erasing() -> list[Step]:
 def refused(machine: Machine, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Outcome]:
     """Every call that must be refused, made in one guest, one after the other."""
     directory = tmp_path_factory.mktemp("refusals")
+    try:
+        scene = refusals.Scene(machine, ModuleRunner(machine), directory)
+        yield make_all(machine, directory)
+        scene.clean_up()
+    except BaseException:
+        # Half a scene is not worth taking apart.
+        machine.power_cut()
+        raise
+    finally:
+        machine.reset(zero=[disk.name for disk in DISKS])
+
+
+def make_all(machine: Machine, directory: Path) -> Outcome:
+    """Make all calls, and look at the devices before and after."""
     runner = ModuleRunner(machine)
     make_unprivileged_user(machine)
-    scene = refusals.Scene(machine, runner, directory)
     before, mapped_before = digests(machine), mapped_devices(machine)
     results = runner.run(*(case.step for case in CASES.values()))
     played = Player(machine, directory).run(*(CASES[name].step for name in PLAYED))
@@ -301,9 +314,7 @@ def refused(machine: Machine, tmp_path_factory: pytest.TempPathFactory) -> Itera
     digests(machine)
     image = machine.disk("parts").image
     places = places_of(image, MAGIC) + places_of(image, KERNEL_MAGIC)
-    yield Outcome(results, played, before, after, mapped_before, mapped_after, erased, places)
-    scene.clean_up()
-    machine.reset(zero=[disk.name for disk in DISKS])
+    return Outcome(results, played, before, after, mapped_before, mapped_after, erased, places)
 
 
 @pytest.mark.core

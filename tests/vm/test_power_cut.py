@@ -146,9 +146,11 @@ def check(target: Guarded, result: dict[str, Any], steps: list[str]) -> None:
 def walk(machine: Machine, targets: list[Guarded], walks: int) -> list[dict[str, Any]]:
     """Cut the power at every step, ``walks`` times over; what was found after each cut."""
     guest = Guest(machine)
+    places = [{**target.places(), "sectors": MAIN_SECTORS} for target in targets]
+    for made in guest.call("prepare", targets=places):
+        assert made["again"] == []
+    lost = [(lost_sector(turn), 1) for turn in range(TURNS)]
     for target in targets:
-        lost = [(lost_sector(turn), 1) for turn in range(TURNS)]
-        guest.call("prepare", **target.places(), sectors=MAIN_SECTORS)
         machine.disk(f"main{target.index}").fail(lost, op="read", errno="ENODATA")
     steps = guest.call("steps", name=targets[0].name, chunk=0)
     targets[0].chunks.add(0)

@@ -64,18 +64,17 @@ def guest(lab: Machine) -> Guest:
     return Guest(lab)
 
 
-def prepare(guest: Guest, main: str, *spares: str, sectors: int = FILLED_SECTORS) -> dict[str, Any]:
-    made: dict[str, Any] = guest.call(
-        "prepare",
-        name=NAME,
-        main=guest.path(main),
-        spares=[guest.path(spare) for spare in spares],
-        seed=SEED,
-        sectors=sectors,
-    )
+def prepare(guest: Guest, main: str, *spares: str, sectors: int = FILLED_SECTORS) -> None:
+    target = {
+        "name": NAME,
+        "main": guest.path(main),
+        "spares": [guest.path(spare) for spare in spares],
+        "seed": SEED,
+        "sectors": sectors,
+    }
+    (made,) = guest.call("prepare", targets=[target])
     assert made["actions"]
     assert made["again"] == [], "a second run must plan nothing"
-    return made
 
 
 def remap_bad_sector(guest: Guest, pair: Pair, **more: Any) -> dict[str, Any]:
@@ -201,6 +200,7 @@ def test_a_guard_ends_the_freeze_of_a_killed_remap(guest: Guest, last: str, rema
     assert found == {"wrong": [], "remapped": remapped, "interrupted": False, "damaged": 0}
 
 
+@pytest.mark.core
 def test_a_remap_that_is_killed_after_each_step(guest: Guest) -> None:
     prepare(guest, "main", "spare", "spare2", sectors=16384)
     steps = guest.call("steps", name=NAME, chunk=0)

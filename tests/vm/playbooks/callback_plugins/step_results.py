@@ -31,19 +31,20 @@ class CallbackModule(CallbackBase):
 
     def v2_runner_on_ok(self, result):
         """Note a step that went well."""
-        self._write(result)
+        self._write(result, failed=False)
 
     def v2_runner_on_failed(self, result, ignore_errors=False):
         """Note a step that failed."""
-        self._write(result)
+        self._write(result, failed=True)
 
     def v2_runner_on_unreachable(self, result):
         """Note a step whose host could not be reached."""
-        self._write(result)
+        self._write(result, failed=True)
 
-    def _write(self, result):
+    def _write(self, result, failed):
         step = result._task.get_vars().get("step")
         if step:
-            line = json.dumps({"id": step["id"], "result": result._result}, default=str)
+            outcome = {**result._result, "failed": failed}
+            line = json.dumps({"id": step["id"], "result": outcome}, default=str)
             with open(os.environ["STEP_RESULTS"], "a", encoding="utf-8") as file:
                 file.write(line + "\n")
