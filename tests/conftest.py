@@ -9,6 +9,8 @@ import importlib.util
 import sys
 from pathlib import Path
 
+from hypothesis import HealthCheck, settings
+
 ROOT = Path(__file__).resolve().parent.parent
 CORE = ROOT / "plugins" / "module_utils"
 
@@ -28,3 +30,8 @@ def register_package(name: str, directory: Path) -> None:
 
 
 register_package("dm_remap", CORE)
+# How long an example takes says how busy the machine is, not whether the code is right.
+settings.register_profile(
+    "any-machine", deadline=None, suppress_health_check=[HealthCheck.too_slow]
+)
+settings.load_profile("any-machine")

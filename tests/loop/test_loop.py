@@ -12,7 +12,6 @@ import contextlib
 import json
 import os
 import shutil
-import signal
 import subprocess
 import sys
 import time
@@ -22,6 +21,7 @@ from pathlib import Path
 import pytest
 
 from dm_remap import credentials
+from tests.lab.process import Process, start_time
 from tests.unit.daemon_scene import Scene
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -118,15 +118,27 @@ class Loop:
             stderr=subprocess.STDOUT,
             env=environment,
             cwd=self.root,
-            start_new_session=True,
         )
 
     def kill_rulebook(self) -> None:
         """End the rule engine and its playbooks as a power cut would."""
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(self.rulebook.pid, signal.SIGKILL)
-        self.rulebook.wait()
+        # Playbooks run in sessions of their own, but all have this test's variable.
+        while found := self._processes():
+            for process in found:
+                process.kill()
+            self.rulebook.wait()
         self.log.close()
+
+    def _processes(self) -> list[Process]:
+        marker = f"DM_REMAP_LOOP_DIRECTORY={self.record}\0".encode()
+        found = []
+        for environment in Path("/proc").glob("[0-9]*/environ"):
+            pid = int(environment.parent.name)
+            started = start_time(pid)
+            with contextlib.suppress(OSError):
+                if started is not None and marker in environment.read_bytes():
+                    found.append(Process(pid, started))
+        return found
 
     def log_text(self) -> str:
         """Return what the rulebook printed."""

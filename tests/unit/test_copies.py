@@ -15,7 +15,7 @@ import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from dm_remap import copies
@@ -303,7 +303,6 @@ def test_a_device_that_two_spares_claim_alike_is_refused() -> None:
     assert disk.log == []
 
 
-@settings(deadline=None)
 @given(st.data())
 def test_random_damage_never_leads_to_a_wrong_choice(data: st.DataObject) -> None:
     old, new = first(), after(first())

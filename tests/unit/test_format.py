@@ -15,7 +15,7 @@ import zlib
 from pathlib import Path
 
 import pytest
-from hypothesis import HealthCheck, assume, given, settings
+from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from dm_remap import format as fmt
@@ -137,8 +137,6 @@ def wrong_body(body: bytes) -> str:
 
 # Strategies
 
-relaxed = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
-
 json_values = st.recursive(
     st.none()
     | st.booleans()
@@ -220,7 +218,6 @@ def some_metadata(draw: st.DrawFn) -> Metadata:
 # Round trips
 
 
-@relaxed
 @given(some_metadata(), st.integers(0, 6), uuids)
 def test_what_is_packed_is_unpacked(what: Metadata, index: int, spare: uuid.UUID) -> None:
     raw = pack_slot(what, spare, SPARE_SECTORS, index)
@@ -235,7 +232,6 @@ def test_what_is_packed_is_unpacked(what: Metadata, index: int, spare: uuid.UUID
     assert pack_slot(copy.metadata, spare, SPARE_SECTORS, index) == raw
 
 
-@relaxed
 @given(st.lists(st.builds(LostRange, st.integers(0, 300), st.integers(1, 60))))
 def test_lost_ranges_are_a_set_of_sectors(ranges: list[LostRange]) -> None:
     kept = metadata(lost=tuple(ranges)).lost
@@ -339,7 +335,6 @@ def test_every_single_bit_flip_is_detected() -> None:
     assert judged(bytes(raw), sector) is None
 
 
-@relaxed
 @given(some_metadata(), st.data())
 def test_a_bit_flip_in_any_metadata_is_detected(what: Metadata, data: st.DataObject) -> None:
     raw = bytearray(pack(what))
@@ -350,7 +345,6 @@ def test_a_bit_flip_in_any_metadata_is_detected(what: Metadata, data: st.DataObj
         unpack_slot(bytes(raw), 0)
 
 
-@relaxed
 @given(st.binary(max_size=9000), st.integers(0, 1 << 40))
 def test_arbitrary_bytes_are_only_ever_invalid(raw: bytes, sector: int) -> None:
     for candidate in (raw, fmt.MAGIC + raw, fmt.MAGIC + raw.ljust(fmt.HEADER_BYTES, b"\0")):
@@ -372,13 +366,11 @@ def accepted_only_whole(raw: bytes) -> None:
     )
 
 
-@relaxed
 @given(st.lists(st.tuples(st.integers(0, 8), st.binary(max_size=40)), max_size=8))
 def test_arbitrary_sections_never_crash_the_reader(parts: list[tuple[int, bytes]]) -> None:
     accepted_only_whole(sealed(pack(metadata()), b"".join(section(*part) for part in parts)))
 
 
-@relaxed
 @given(st.data())
 def test_changed_bodies_under_right_checksums_never_crash_the_reader(data: st.DataObject) -> None:
     body = bytearray(metadata().body)
@@ -388,7 +380,6 @@ def test_changed_bodies_under_right_checksums_never_crash_the_reader(data: st.Da
     accepted_only_whole(sealed(pack(metadata()), bytes(body)))
 
 
-@relaxed
 @given(
     name=st.sampled_from(["config", "health"]),
     text=st.text('{}[]":,0123456789.eE+-truefalsn \\u', max_size=30).map(str.encode)
@@ -398,7 +389,6 @@ def test_arbitrary_json_never_crashes_the_reader(name: str, text: bytes) -> None
     accepted_only_whole(sealed(pack(metadata()), body_of(**{name: text})))
 
 
-@relaxed
 @given(
     st.dictionaries(
         st.sampled_from(
@@ -862,7 +852,6 @@ def kernel_meta_sectors(data_sectors: int, journal_sectors: int, block_sectors: 
     return 8 + journal + -(-tag_bytes // 65536) * 128
 
 
-@relaxed
 @given(sizes, chunks, blocks)
 def test_nothing_on_a_spare_overlaps(sectors: int, chunk: int, block: int) -> None:
     try:
@@ -895,7 +884,6 @@ def _some(count: int) -> range:
     return range(-2, count + 2)
 
 
-@relaxed
 @given(st.integers(1 << 20, 1 << 40), chunks, blocks)
 def test_a_large_spare_is_nearly_all_data(sectors: int, chunk: int, block: int) -> None:
     geometry = plan_geometry(sectors, chunk, block)
