@@ -219,7 +219,7 @@ class Stage:
         fault.healed = teller.seconds
         result = self._play_result()
         teller.show([result])
-        found = re.search(r"(\d+) sectors saved, (\d+) lost", result)
+        found = re.search(r"saved sectors: (\d+), lost sectors: (\d+)", result)
         if not found:
             raise Failed(f"the playbook did not say what it saved: {result}")
         fault.saved, fault.gone = int(found[1]), int(found[2])
@@ -318,7 +318,7 @@ class Stage:
 
     def _play_result(self) -> str:
         """The remap's own line of the last play."""
-        found = re.findall(rf"{TARGET}: \d+ chunks remapped,[^\"]*", self._log())
+        found = re.findall(rf"{TARGET}: remapped chunks: [^\"]*", self._log())
         return found[-1] if found else last_line(self._log())
 
     def _events(self) -> list[dict[str, Any]]:
