@@ -20,7 +20,6 @@ from .errors import DmRemapError
 SECTOR_BYTES = 512
 
 # linux/fs.h
-_BLKGETSIZE64 = 0x80081272
 _BLKSSZGET = 0x1268
 _BLKPBSZGET = 0x127B
 _BLKZEROOUT = 0x127F
@@ -30,6 +29,7 @@ _BUFFER_BYTES = 1 << 20
 # The out-of-tree kernel target dm-remap-v4 starts each copy with this little-endian word.
 _KERNEL_TARGET_MAGIC = b"4RMD"
 OWN_MAGIC = b"DMREMAP4"
+OWN_SIGNATURE = "dm_remap.storage spare"
 
 
 @dataclass(frozen=True)
@@ -94,8 +94,8 @@ class BlockDevice:
                 device=path,
                 remedy="check the path and that you are root",
             ) from error
-        self.sectors = _ioctl_number(self._fd, _BLKGETSIZE64, 8) // SECTOR_BYTES
-        self.logical_block = _ioctl_number(self._fd, _BLKSSZGET, 4)
+        self.sectors = os.lseek(self._fd, 0, os.SEEK_END) // SECTOR_BYTES
+        self.logical_block = _ioctl_int(self._fd, _BLKSSZGET)
         # O_DIRECT wants memory aligned to the block size, which anonymous maps are.
         self._buffer = mmap.mmap(-1, _BUFFER_BYTES)
 
@@ -177,9 +177,10 @@ class BlockDevice:
         ]
 
 
-def _ioctl_number(fd: int, request: int, size: int) -> int:
-    raw = fcntl.ioctl(fd, request, bytes(size))
-    return int(struct.unpack("Q" if size == 8 else "I", raw)[0])
+def _ioctl_int(fd: int, request: int) -> int:
+    buffer = bytearray(4)
+    fcntl.ioctl(fd, request, buffer)
+    return int(struct.unpack("=I", buffer)[0])
 
 
 def describe(path: str) -> DeviceInfo:
@@ -201,7 +202,7 @@ def describe(path: str) -> DeviceInfo:
     devno = f"{os.major(status.st_rdev)}:{os.minor(status.st_rdev)}"
     with BlockDevice(path) as device:
         sectors, logical_block = device.sectors, device.logical_block
-        physical_block = _ioctl_number(device._fd, _BLKPBSZGET, 4)
+        physical_block = _ioctl_int(device._fd, _BLKPBSZGET)
     folder = _sysfs(devno)
     whole = os.path.dirname(folder) if _is_partition(folder) else folder
     database = _udev_database(devno)
@@ -252,7 +253,7 @@ def signatures(path: str) -> list[str]:
                 remedy="use another device",
             ) from error
     if start.startswith(OWN_MAGIC):
-        found.append("dm_remap.storage spare")
+        found.append(OWN_SIGNATURE)
     if start.startswith(_KERNEL_TARGET_MAGIC):
         found.append("kernel dm-remap-v4 spare")
     result = subprocess.run(

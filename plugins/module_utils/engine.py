@@ -24,8 +24,8 @@ from . import blockdev, copies, extents, mapping, planner, pool
 from .blockdev import SECTOR_BYTES, DeviceInfo
 from .devmapper import DeviceMapper, MappedDevice, Segment, check_name
 from .errors import DmRemapError, Refused
-from .events import hashed_machine_id
-from .format import Extent, Geometry, LostRange, Metadata, geometry_of, pack_slot, spare_uuid_of
+from .events import hashed_machine_id, intersect_ranges
+from .format import Extent, Geometry, Metadata, geometry_of, pack_slot, spare_uuid_of
 from .planner import (
     UUID_PREFIX,
     ActiveSpare,
@@ -152,16 +152,28 @@ class RemappedChunk:
 
 @dataclass
 class RemapReport:
-    """Result of a remap: the chunks, the generation reached, and durations in seconds.
+    """Result of a remap: what was done, the chunks, and durations in seconds.
 
-    ``pause_seconds`` is how long I/O to the chunks and flushes had to wait.
+    Args:
+        plan: the plan as it was carried out.
+        chunks: what became of the chunks.
+        lost_before: sectors of chunks that were on a spare already, which still cannot be read.
+        salvage_seconds: reading main and writing spares.
+        pause_seconds: how long I/O to the chunks and flushes had to wait.
+        seconds: all of it.
     """
 
-    generation: int
+    plan: Plan
     chunks: list[RemappedChunk] = field(default_factory=list)
+    lost_before: list[tuple[int, int]] = field(default_factory=list)
     salvage_seconds: float = 0.0
     pause_seconds: float = 0.0
     seconds: float = 0.0
+
+    @property
+    def generation(self) -> int:
+        """Generation of the target's metadata afterwards."""
+        return int(self.plan.after["generation"])
 
     @property
     def recovered(self) -> int:
@@ -170,8 +182,8 @@ class RemapReport:
 
     @property
     def lost(self) -> list[tuple[int, int]]:
-        """Lost sectors of the target as (first, count)."""
-        return [item for chunk in self.chunks for item in chunk.lost]
+        """Lost sectors of all chunks that were asked for, as (first, count) on the target."""
+        return self.lost_before + [item for chunk in self.chunks for item in chunk.lost]
 
 
 @dataclass(eq=False)
@@ -243,9 +255,20 @@ class Engine:
     @contextlib.contextmanager
     def locked(self, name: str) -> Iterator[None]:
         """Hold the lock of target ``name``, waiting for whoever has it."""
-        check_name(name)
+        with self._lock(check_name(name) + ".lock"):
+            yield
+
+    @contextlib.contextmanager
+    def locked_host(self) -> Iterator[None]:
+        """Hold the lock under which devices get new owners; take it before a target's lock."""
+        # No target can be called like this file.
+        with self._lock(".host.lock"):
+            yield
+
+    @contextlib.contextmanager
+    def _lock(self, name: str) -> Iterator[None]:
         os.makedirs(self._lock_dir, mode=0o755, exist_ok=True)
-        with open(os.path.join(self._lock_dir, name + ".lock"), "w", encoding="ascii") as file:
+        with open(os.path.join(self._lock_dir, name), "w", encoding="ascii") as file:
             fcntl.flock(file, fcntl.LOCK_EX)
             yield
 
@@ -276,13 +299,13 @@ class Engine:
                 remedy="choose another name",
             )
         table = tuple(self._mapper.table(name))
-        spares = self._active_spares(name)
-        frozen = self._mapper.info(_frozen_name(name))
+        spares = self._active_spares(device)
+        frozen = self._frozen(device)
         if not spares:
             raise DmRemapError(
                 "is active without any spare",
                 device=f"/dev/mapper/{name}",
-                remedy="attach its spares and assemble it again",
+                remedy="stop what uses it, remove it with dmsetup, and run the target module again",
             )
         choice = copies.choose({s.candidate.info.path: s.candidate.survey for s in spares})
         own = {spare.devno for spare in spares} | ({frozen.devno} if frozen else set())
@@ -308,35 +331,65 @@ class Engine:
     def see(self, name: str, main: str | None, spares: Sequence[str]) -> Seen:
         """Observe what a request is about. Devices that do not exist are refused."""
         target = self.observe(name)
+        remains = () if target else tuple(self._remains(name))
+        candidates = [self._candidate(path, with_signatures=not target) for path in spares]
+        if main is None:
+            # An interrupted removal has left spares that nobody may have named.
+            known = {candidate.info.devno for candidate in candidates}
+            left = [self._candidate(path, True) for path in self._spares_of(name, remains)]
+            candidates += [c for c in left if c.info.devno not in known]
         return Seen(
             target=target,
-            remains=() if target else tuple(self._remains(name)),
+            remains=remains,
             taken=() if target else tuple(self._taken(name)),
             main=self._blocks.describe(main) if main else None,
-            candidates=tuple(self._candidate(path, with_signatures=not target) for path in spares),
+            candidates=tuple(candidates),
         )
+
+    def _spares_of(self, name: str, remains: Sequence[str]) -> Iterator[str]:
+        """Nodes of the spares that remaining devices of target ``name`` use."""
+        for index in range(planner.MAX_SPARES):
+            device = _data_name(name, index)
+            if device in remains and self._existing(device).live_table:
+                yield self._below(device)
 
     def _candidate(self, path: str, with_signatures: bool) -> Candidate:
         info = self._blocks.describe(path)
         with self._blocks.BlockDevice(path) as device:
             survey = copies.survey(device)
-        return Candidate(
-            info=info,
-            signatures=tuple(self._blocks.signatures(path)) if with_signatures else (),
-            survey=survey,
-        )
+        signatures: tuple[str, ...] = ()
+        if with_signatures:
+            try:
+                signatures = tuple(self._blocks.signatures(path))
+            except DmRemapError:
+                # A spare whose first sectors went bad is still known by its other copies.
+                if survey.spare_uuid is None:
+                    raise
+        return Candidate(info, signatures, survey)
 
-    def _active_spares(self, name: str) -> tuple[ActiveSpare, ...]:
+    def _active_spares(self, target: MappedDevice) -> tuple[ActiveSpare, ...]:
         found = []
         for index in range(planner.MAX_SPARES):
-            device = self._mapper.info(spare_name(name, index))
+            device = self._part(target, spare_name(target.name, index))
             if device is None or not device.live_table:
                 continue
-            below = self._mapper.table(_data_name(name, index))
-            path = self._blocks.node_of(mapping.linear_target(below[0])[0])
+            path = self._below(_data_name(target.name, index))
             candidate = self._candidate(path, with_signatures=False)
             found.append(ActiveSpare(index, device.devno, candidate))
         return tuple(found)
+
+    def _below(self, name: str) -> str:
+        """Node of the device under a linear one of ours."""
+        return self._blocks.node_of(mapping.linear_target(self._mapper.table(name)[0])[0])
+
+    def _part(self, target: MappedDevice, name: str) -> MappedDevice | None:
+        """The target's own mapped device ``name``; somebody else's of that name is left alone."""
+        device = self._mapper.info(name)
+        own = target.uuid + name[len(target.name) :]
+        return device if device and device.uuid == own else None
+
+    def _frozen(self, target: MappedDevice) -> MappedDevice | None:
+        return self._part(target, _frozen_name(target.name))
 
     def _remains(self, name: str) -> list[str]:
         """Our mapped devices under ``name`` that no live target uses, upper ones first."""
@@ -404,8 +457,15 @@ class Engine:
         # sector has a valid one: each reads as an error until it is written.
         geometry = geometry_of(_metadata_of(plan), _index_of(plan, action.device))
         with self._blocks.BlockDevice(action.device, writable=True) as device:
-            device.zero(geometry.tag_start, geometry.tag_sectors)
-            device.flush()
+            try:
+                device.zero(geometry.tag_start, geometry.tag_sectors)
+                device.flush()
+            except OSError as error:
+                raise DmRemapError(
+                    f"cannot be formatted: {error.strerror or error}",
+                    device=action.device,
+                    remedy="give another spare",
+                ) from error
 
     def _do_activate_spare(self, plan: Plan, action: planner.Action) -> None:
         index, metadata = _index_of(plan, action.device), _metadata_of(plan)
@@ -510,21 +570,25 @@ class Engine:
             DmRemapError: a step failed; the target is as its metadata says.
         """
         begun = time.monotonic()
-        plan = planner.plan_remap(self.require(name), ranges, expected_generation)
-        upkeep = [a for a in plan.actions if a.kind not in ("remap_chunk", "commit_metadata")]
-        self.apply(replace(plan, actions=tuple(upkeep)))
+        target = self.require(name)
+        first = planner.plan_remap(target, ranges, expected_generation)
+        upkeep = planner.plan_upkeep(target)
+        self.apply(upkeep)
         _lock_memory()
         avoid: list[tuple[int, int]] = []
         for _attempt in range(_ATTEMPTS):
             target = self.require(name)
             plan = planner.plan_remap(target, ranges, avoid=avoid)
-            if not plan.placed:
-                return RemapReport(target.metadata.generation, seconds=time.monotonic() - begun)
+            lost_before = self.lost_before(target, ranges)
             try:
                 report = self._remap(target, plan, patience, avoid)
             except _Dirty as dirty:
                 avoid += dirty.places
                 continue
+            report.plan = replace(
+                report.plan, before=first.before, actions=upkeep.actions + report.plan.actions
+            )
+            report.lost_before = lost_before
             report.seconds = time.monotonic() - begun
             return report
         raise DmRemapError(
@@ -532,6 +596,33 @@ class Engine:
             device=name,
             remedy="nothing was changed; try again",
         )
+
+    def lost_before(
+        self, target: ActiveTarget, ranges: Sequence[tuple[int, int]]
+    ) -> list[tuple[int, int]]:
+        """Lost sectors in chunks that ``ranges`` touch and that are on a spare already.
+
+        Those that were written since they were lost can be read again, and are left out.
+        """
+        metadata = target.metadata
+        chunk_sectors, block = metadata.config["chunk_sectors"], metadata.config["block_sectors"]
+        total = metadata.config["main"]["sectors"]
+        # I/O to frozen chunks would wait.
+        lost = [] if target.frozen else [(item.sector, item.count) for item in metadata.lost]
+        asked = [
+            (chunk * chunk_sectors, chunk_sectors)
+            for chunk in extents.chunks_of(ranges, chunk_sectors, total)
+        ]
+        known = [item for piece in asked for item in intersect_ranges(lost, piece)]
+        if not known:
+            return []
+        with self._blocks.BlockDevice(target.device.node) as device:
+            return [
+                (sector, block)
+                for start, count in known
+                for sector in range(start, start + count, block)
+                if not _reads(device, sector, block)
+            ]
 
     def _remap(
         self,
@@ -541,9 +632,12 @@ class Engine:
         avoid: Sequence[tuple[int, int]],
     ) -> RemapReport:
         name, metadata = plan.name, target.metadata
+        if not plan.placed:
+            return RemapReport(planner.remap_actions(target, (), ()))
         if target.main is None:
             raise AssertionError("a target with chunks to remap has a main")
         begun = time.monotonic()
+        self._check_frozen_name(target)
         works: list[_Work] = []
         self._drop_statistics(name)
         with self._mapper.events() as events, contextlib.ExitStack() as stack:
@@ -558,7 +652,7 @@ class Engine:
             for extent in plan.placed:
                 works.append(self._salvage_chunk(metadata, name, extent, main, patience))
                 self._step("salvaged")
-            _check_alive(main, works, target.main)
+            _confirm_losses(main, works, target.main)
             members = self._open_members(stack, plan.spares)
             self._write_chunks(works, target, spares, members, avoid)
             self._step("data_flushed")
@@ -587,11 +681,20 @@ class Engine:
             self._verify(name, works, metadata)
         self._backup(new)
         return RemapReport(
-            generation=new.generation,
+            plan=planner.remap_actions(target, *_outcome(works)),
             chunks=[_report(work) for work in works],
             salvage_seconds=salvage_seconds,
             pause_seconds=pause_seconds,
         )
+
+    def _check_frozen_name(self, target: ActiveTarget) -> None:
+        name = _frozen_name(target.device.name)
+        if self._mapper.info(name) and not self._frozen(target.device):
+            raise Refused(
+                "is a mapped device of something else, whose name the remap needs",
+                device=f"/dev/mapper/{name}",
+                remedy="rename or remove that device",
+            )
 
     def _salvage_chunk(
         self,
@@ -688,7 +791,7 @@ class Engine:
                         raise DmRemapError(
                             f"cannot be written: {faults[spare.index]}",
                             device=spare.candidate.info.path,
-                            remedy="nothing was changed; replace the spare",
+                            remedy="nothing was changed; copy the data to another disk",
                         ) from error
                 raise
             for work, extent in zip(pending, placed):
@@ -753,14 +856,11 @@ class Engine:
                 except OSError as error:
                     if error.errno not in MEDIUM_ERRORS:
                         raise _failure(main, error) from error
-                    if work.salvage.outcomes[index] is Outcome.LOST:
-                        continue
-                    # The spare holds an older version of this block, which must never be seen.
+                    # An acknowledged write is not lost by one failing read; and where the block
+                    # was read before, the spare holds an older version that must never be seen.
                     raise _Dirty([(work.extent.spare, work.extent.physical)]) from error
-                size = block * SECTOR_BYTES
-                work.salvage.data[index * size : (index + 1) * size] = data
                 found = found or work.salvage.outcomes[index] is Outcome.LOST
-                work.salvage.outcomes[index] = Outcome.FIRST_READ
+                work.salvage.keep(index, data, Outcome.FIRST_READ)
                 spare = spares[work.extent.spare]
                 try:
                     spare.write(place + index * block, data)
@@ -775,22 +875,18 @@ class Engine:
         self._step("caught_up")
         return found
 
-    def _written_blocks(self, name: str, region: str) -> list[int]:
-        # Each line is "start+length" and counters; the fifth counter is "writes completed"
-        # (Linux: Documentation/admin-guide/device-mapper/statistics.rst and iostats.rst).
+    def _written_blocks(self, name: str, region: str, begun: bool = False) -> list[int]:
+        """Blocks of the region that were written, or with ``begun`` are perhaps being written."""
+        # Each line is "start+length" and counters; the fifth counter is "writes completed", the
+        # ninth "I/Os in progress" (Linux: Documentation/admin-guide/device-mapper/statistics.rst
+        # and Documentation/admin-guide/iostats.rst).
         lines = self._mapper.message(name, f"@stats_print {region}").splitlines()
-        return [index for index, line in enumerate(lines) if int(line.split()[5])]
+        counters = [list(map(int, line.split()[1:10])) for line in lines]
+        return [i for i, row in enumerate(counters) if row[4] or (begun and row[8])]
 
     def _next(self, metadata: Metadata, works: Sequence[_Work]) -> Metadata:
-        lost = [(item.sector, item.count) for item in metadata.lost]
-        for work in works:
-            lost += work.salvage.lost
-        return metadata.successor(
-            time.time_ns(),
-            host_id=host_id(),
-            extents=extents.merge([*metadata.extents, *(work.extent for work in works)]),
-            lost=tuple(LostRange(start, count) for start, count in extents.merge_sectors(lost)),
-        )
+        successor = metadata.successor(time.time_ns(), host_id=host_id())
+        return planner.with_remaps(successor, *_outcome(works))
 
     def _open_members(
         self, stack: contextlib.ExitStack, spares: Mapping[int, DeviceInfo]
@@ -827,23 +923,42 @@ class Engine:
         try:
             yield
         finally:
-            os.write(theirs, b".")
+            if not self._still_frozen(name):
+                # A guard that was killed itself does not matter any more.
+                with contextlib.suppress(BrokenPipeError):
+                    os.write(theirs, b".")
             os.close(theirs)
             os.waitpid(child, 0)
 
+    def _still_frozen(self, name: str) -> bool:
+        try:
+            device = self._frozen(self._existing(name))
+        except DmRemapError:
+            return True
+        return device is not None and device.suspended
+
     def _end_freeze(self, name: str) -> None:
         """End a freeze that was interrupted, as the metadata on the spares has it."""
-        frozen = self._mapper.info(_frozen_name(name))
+        frozen = self._frozen(self._existing(name))
         if frozen is None:
             return
         try:
             target = self.require(name)
+            chunk_sectors = target.metadata.config["chunk_sectors"]
+            chunks = _held_chunks(target, frozen.devno, chunk_sectors)
+            on_main = [c for c in chunks if extents.find(target.metadata.extents, c) is None]
+            if on_main and target.choice.missing:
+                # A newer generation may be there, and would later show the chunks' old data.
+                raise DmRemapError(
+                    f"spares {list(target.choice.missing)} cannot be read, and may have a newer "
+                    f"generation that says where chunks {on_main} are",
+                    device=name,
+                    remedy="attach the spares again; until then these chunks fail",
+                )
             # A generation that was begun must be on all copies before its mapping is used.
             for action in planner.plan_upkeep(target).actions:
                 if action.kind == "repair_metadata":
                     self._do_repair_metadata(planner.plan_upkeep(target), action)
-            chunk_sectors = target.metadata.config["chunk_sectors"]
-            chunks = _held_chunks(target, frozen.devno, chunk_sectors)
             with self._mapper.events() as events:
                 self._thaw(target, target.metadata, chunks, events)
         except BaseException:
@@ -856,7 +971,7 @@ class Engine:
         The frozen device stays, so the next plan tries again to end the freeze.
         """
         frozen = _frozen_name(name)
-        device = self._mapper.info(frozen)
+        device = self._frozen(self._existing(name))
         if device is None or not device.suspended:
             return
         held = self._mapper.table(frozen)
@@ -919,7 +1034,8 @@ class Engine:
         written = {
             (work.region, index)
             for work in {id(w): w for w, _unused in wrong}.values()
-            for index in self._written_blocks(name, work.region)
+            # dm-integrity shows a synchronous write before it completes it.
+            for index in self._written_blocks(name, work.region, begun=True)
         }
         bad = [
             work.start + i * work.salvage.block_sectors
@@ -1085,17 +1201,30 @@ def _reads(device: OpenDevice, sector: int, count: int) -> bool:
     return True
 
 
+def _confirm_losses(main: OpenDevice, works: Sequence[_Work], info: DeviceInfo) -> None:
+    """Believe in losses only on a disk that answers before and after one more read of each.
+
+    A disk or path that went away for a while fails reads like bad blocks do.
+    """
+    _check_alive(main, works, info)
+    for work in works:
+        work.salvage.read_again(main)
+    _check_alive(main, works, info)
+
+
 def _check_alive(main: OpenDevice, works: Sequence[_Work], info: DeviceInfo) -> None:
-    """Refuse to believe that a whole chunk is lost on a disk that reads nothing at all."""
-    if not any(not work.salvage.readable for work in works):
-        return
     lost = [item for work in works for item in work.salvage.lost]
-    if not answers(main, lost, info.block_sectors):
+    if lost and not answers(main, lost, info.block_sectors):
         raise DmRemapError(
             "reads fail everywhere, so it is the disk or its path and not a bad sector",
             device=info.path,
             remedy="check its cable, power and controller; nothing was changed",
         )
+
+
+def _outcome(works: Sequence[_Work]) -> tuple[list[Extent], list[tuple[int, int]]]:
+    """The new extents, and the sectors that are lost."""
+    return [work.extent for work in works], [item for w in works for item in w.salvage.lost]
 
 
 def _report(work: _Work) -> RemappedChunk:

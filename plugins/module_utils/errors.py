@@ -36,3 +36,8 @@ class StaleGeneration(Refused):
 
 class MissingKernelFeature(DmRemapError):
     """The kernel or a library lacks something that the product needs."""
+
+
+def count_of(number: int, noun: str) -> str:
+    """A number with its noun, such as ``1 chunk`` or ``2 chunks``."""
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"

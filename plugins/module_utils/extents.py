@@ -9,7 +9,7 @@ from bisect import bisect_left
 from collections.abc import Iterable, Sequence
 
 from .errors import Refused
-from .format import Extent, LostRange
+from .format import Extent
 
 # An extent's length has 16 bits on disk (docs/format.md).
 MAX_RUN_CHUNKS = 65536
@@ -88,11 +88,3 @@ def merge_sectors(ranges: Iterable[tuple[int, int]]) -> tuple[tuple[int, int], .
         else:
             joined.append((start, count))
     return tuple(joined)
-
-
-def lost_within(lost: Iterable[LostRange], start: int, count: int) -> int:
-    """How many of the ``lost`` sectors lie in ``start``, ``count``."""
-    return sum(
-        max(0, min(item.sector + item.count, start + count) - max(item.sector, start))
-        for item in lost
-    )

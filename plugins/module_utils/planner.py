@@ -11,10 +11,19 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from . import copies, extents, pool
-from .blockdev import DeviceInfo
+from .blockdev import OWN_SIGNATURE, DeviceInfo
 from .devmapper import MappedDevice, Segment, check_name
-from .errors import DmRemapError, Refused, StaleGeneration
-from .format import NO_DIGEST, Diagnosis, Extent, Geometry, Metadata, geometry_of, plan_geometry
+from .errors import DmRemapError, Refused, StaleGeneration, count_of
+from .format import (
+    NO_DIGEST,
+    Diagnosis,
+    Extent,
+    Geometry,
+    LostRange,
+    Metadata,
+    geometry_of,
+    plan_geometry,
+)
 from .mapping import build_table, describe_table
 
 SECTOR_BYTES = 512
@@ -22,6 +31,7 @@ MIN_CHUNK_BYTES = 4096
 MAX_CHUNK_BYTES = 1 << 20
 DEFAULT_CHUNK_BYTES = 65536
 MAX_SPARES = 8
+LOGICAL_BLOCKS = (512, 4096)
 UUID_PREFIX = "DMREMAP-"
 
 
@@ -92,7 +102,8 @@ class Request:
         spares: paths of the spares.
         chunk_bytes: size of a chunk; None takes the default, or what the target has.
         on_error: ``fail``.
-        wipe: spares may hold something, which is erased.
+        wipe: spares may hold something, which is erased, but for remapped chunks.
+        discard_remaps: with ``wipe``, remapped chunks on the spares may be erased too.
     """
 
     name: str
@@ -101,6 +112,7 @@ class Request:
     chunk_bytes: int | None = None
     on_error: str = "fail"
     wipe: bool = False
+    discard_remaps: bool = False
 
 
 @dataclass(frozen=True)
@@ -236,6 +248,12 @@ def _check_distinct(request: Request, main: DeviceInfo, spares: Sequence[Candida
                 device=info.path,
                 remedy="give another device",
             )
+        if info.wwn and info.wwn == main.wwn and info.disk != main.disk:
+            raise Refused(
+                f"has the main's WWN {info.wwn}, so it is another path to the same disk",
+                device=info.path,
+                remedy="give another disk, and use multipath for disks with several paths",
+            )
         if info.devno in seen:
             raise Refused(
                 f"is given twice, also as {seen[info.devno]}",
@@ -248,6 +266,12 @@ def _check_distinct(request: Request, main: DeviceInfo, spares: Sequence[Candida
                     f"contains the spare {other.info.path}",
                     device=info.path,
                     remedy="give either the disk or its partition",
+                )
+            if info.wwn and other.info.wwn == info.wwn and other.info.disk != info.disk:
+                raise Refused(
+                    f"has the WWN {info.wwn} of {other.info.path}, so both are paths to one disk",
+                    device=info.path,
+                    remedy="give each disk once, and use multipath for disks with several paths",
                 )
         seen[info.devno] = info.path
 
@@ -266,23 +290,33 @@ def _check_unused(info: DeviceInfo, remains: Sequence[str], role: str) -> None:
 
 
 def _existing(request: Request, candidates: Sequence[Candidate]) -> copies.Choice | None:
+    """The metadata to go on with, or None where the target begins anew."""
     marked = {c.info.path: c.survey for c in candidates if not c.survey.empty}
-    if not marked or request.wipe:
+    if not marked:
         return None
     try:
         choice = copies.choose(marked)
     except copies.NoMetadata as error:
+        if request.wipe:
+            return None
         raise Refused(
             error.message,
             device=error.device,
             remedy="give an empty device, or wipe: true to erase it",
         ) from error
+    except Refused:
+        # Two histories, or a newer format: nobody can say what would be lost.
+        if request.wipe and request.discard_remaps:
+            return None
+        raise
     name = choice.metadata.config.get("name")
+    if request.wipe and (request.discard_remaps or not choice.metadata.extents):
+        return None
     if name != request.name:
         raise Refused(
-            f"is a spare of target {name!r}",
+            f"is a spare of target {name!r}{_only_there(choice.metadata)}",
             device=", ".join(marked),
-            remedy="give that name, or wipe: true to erase it",
+            remedy=f"give that name, or {_to_erase(choice.metadata)}",
         )
     unreached = [c.info.path for _uuid, c in _unreached(choice, candidates)]
     unmarked = [c.info.path for c in candidates if c.survey.empty]
@@ -290,29 +324,58 @@ def _existing(request: Request, candidates: Sequence[Candidate]) -> copies.Choic
         raise Refused(
             f"carries no metadata of target {name!r}, but {', '.join(marked)} does",
             device=", ".join(unmarked),
-            remedy="give the target's own spares, or wipe: true to begin anew on all of them",
+            remedy=f"give the target's own spares, or {_to_erase(choice.metadata)}",
         )
+    for candidate in candidates:
+        _check_not_reused(candidate)
     return choice
+
+
+def _only_there(metadata: Metadata) -> str:
+    count = sum(extent.length for extent in metadata.extents)
+    return f", and {count_of(count, 'remapped chunk')} of it can be on it only" if count else ""
+
+
+def _to_erase(metadata: Metadata) -> str:
+    if metadata.extents:
+        return "wipe: true with discard_remaps: true to lose those chunks and begin anew"
+    return "wipe: true to begin anew on all of the spares"
+
+
+def _check_not_reused(candidate: Candidate) -> None:
+    """Refuse a spare that somebody has used for something else since."""
+    others = [found for found in candidate.signatures if found != OWN_SIGNATURE]
+    if others:
+        raise Refused(
+            f"carries a target's metadata, but was used for {', '.join(others)} since",
+            device=candidate.info.path,
+            remedy="save what is on it, and give another device",
+        )
 
 
 def _unreached(
     choice: copies.Choice, candidates: Sequence[Candidate]
 ) -> list[tuple[uuid.UUID, Candidate]]:
-    """Empty candidates that the target's first commit names and did not reach, with the UUID.
+    """Candidates that the target's first commit names and did not reach, with the UUID.
 
     At the first generation no data is on any spare, so an interrupted creation can go on.
     """
     if choice.metadata.generation != 1:
         return []
     found = []
-    empty = [c for c in candidates if c.survey.empty and not c.signatures]
+    # A cut can also leave copies of which none is whole.
+    blank = [
+        c
+        for c in candidates
+        if c.survey.spare_uuid is None and set(c.signatures) <= {OWN_SIGNATURE}
+    ]
     for index in choice.missing:
         entry = choice.metadata.config["spares"][index]
-        for candidate in empty:
+        for candidate in blank:
             same_size = entry["geometry"]["spare_sectors"] == candidate.info.sectors
             if same_size and _who(candidate.info).items() <= entry.items():
                 found.append((uuid.UUID(entry["uuid"]), candidate))
-                empty.remove(candidate)
+                blank.remove(candidate)
                 break
     return found
 
@@ -322,7 +385,7 @@ def _plan_activation(request: Request, main: DeviceInfo, seen: Seen, choice: cop
     _check_main_identity(main, metadata)
     _check_unchangeable(request, metadata)
     unreached = _unreached(choice, seen.candidates)
-    by_uuid = {c.survey.spare_uuid: c for c in seen.candidates if not c.survey.empty}
+    by_uuid = {c.survey.spare_uuid: c for c in seen.candidates if c.survey.spare_uuid}
     by_uuid.update(unreached)
     spares: dict[int, DeviceInfo] = {}
     for index, entry in enumerate(metadata.config["spares"]):
@@ -336,6 +399,7 @@ def _plan_activation(request: Request, main: DeviceInfo, seen: Seen, choice: cop
                 device=request.name,
                 remedy="give all of the target's spares",
             )
+        _check_identity(candidate.info, entry, f"spare {index}")
         spares[index] = candidate.info
     if by_uuid:
         raise Refused(
@@ -366,7 +430,9 @@ def _plan_creation(
     chunk_bytes = request.chunk_bytes or DEFAULT_CHUNK_BYTES
     if main.sectors < chunk_bytes // SECTOR_BYTES:
         raise Refused(
-            "is smaller than a chunk", device=main.path, remedy="give a larger main or chunk_size"
+            "is smaller than a chunk",
+            device=main.path,
+            remedy="give a larger main or a smaller chunk_size",
         )
     spares = {index: c.info for index, c in enumerate(seen.candidates)}
     entries = []
@@ -422,6 +488,12 @@ def _plan_creation(
 
 def _check_spare(candidate: Candidate, main: DeviceInfo, chunk_bytes: int, wipe: bool) -> Geometry:
     info = candidate.info
+    if main.logical_block not in LOGICAL_BLOCKS:
+        raise Refused(
+            f"has logical blocks of {main.logical_block} bytes",
+            device=main.path,
+            remedy=f"give a main with blocks of {' or '.join(map(str, LOGICAL_BLOCKS))} bytes",
+        )
     if info.logical_block != main.logical_block:
         raise Refused(
             f"has logical blocks of {info.logical_block} bytes, but {main.path} of "
@@ -461,12 +533,16 @@ def _check_main_identity(main: DeviceInfo, metadata: Metadata) -> None:
             device=main.path,
             remedy="give the target's own main",
         )
-    for key, mine in _who(main).items():
+    _check_identity(main, recorded, "main")
+
+
+def _check_identity(info: DeviceInfo, recorded: Mapping[str, Any], role: str) -> None:
+    for key, mine in _who(info).items():
         if mine and recorded.get(key) and mine != recorded[key]:
             raise Refused(
-                f"has {key} {mine!r}, but the target's main has {recorded[key]!r}",
-                device=main.path,
-                remedy="give the target's own main; a clone of it will not do",
+                f"has {key} {mine!r}, but the target's {role} has {recorded[key]!r}",
+                device=info.path,
+                remedy=f"give the target's own {role}; a clone of it will not do",
             )
 
 
@@ -538,7 +614,7 @@ def plan_absent(
     if target:
         if target.device.open_count:
             raise Refused(
-                f"is in use, opened {target.device.open_count} times",
+                f"is in use, opened {count_of(target.device.open_count, 'time')}",
                 device=f"/dev/mapper/{name}",
                 remedy="unmount it and close what uses it",
             )
@@ -558,25 +634,33 @@ def plan_absent(
             )
         for candidate in marked.values():
             _check_unused(candidate.info, seen.remains, "spare to be wiped")
+            _check_not_reused(candidate)
         spares = {index: c.info for index, c in enumerate(marked.values())}
     if metadata.extents and not discard_remaps:
         count = sum(extent.length for extent in metadata.extents)
         raise Refused(
-            f"has {count} chunks whose data is on its spares only",
+            f"has {count_of(count, 'chunk')} whose data is on its spares only",
             device=name,
             remedy="copy the data off first, or give discard_remaps: true to lose those chunks",
         )
-    actions_list = [Action("remove_remains", left) for left in seen.remains]
+    # What an interruption leaves in the kernel shows the next run which spares are to be wiped.
+    wipes = [Action("wipe_metadata", info.path) for info in spares.values()]
     if target:
-        actions_list.append(Action("remove_target", f"/dev/mapper/{name}"))
-        actions_list += [
-            Action("deactivate_spare", info.path, {"name": spare_name(name, index)})
-            for index, info in spares.items()
-        ]
-    actions_list += [Action("wipe_metadata", info.path) for info in spares.values()]
+        frozen = [Action("remove_remains", target.frozen.name)] if target.frozen else []
+        actions = (
+            Action("remove_target", f"/dev/mapper/{name}"),
+            *frozen,
+            *wipes,
+            *(
+                Action("deactivate_spare", info.path, {"name": spare_name(name, index)})
+                for index, info in spares.items()
+            ),
+        )
+    else:
+        actions = (*wipes, *(Action("remove_remains", left) for left in seen.remains))
     return Plan(
         name=name,
-        actions=tuple(actions_list),
+        actions=actions,
         before=_state(metadata, spares),
         after=_nothing(),
         metadata=metadata,
@@ -623,7 +707,26 @@ def plan_remap(
     except Refused as error:
         raise Refused(error.message, device=name, remedy=error.remedy) from error
     upkeep = plan_upkeep(target)
-    actions = list(upkeep.actions)
+    plan = remap_actions(target, placed, ())
+    return replace(plan, actions=upkeep.actions + plan.actions, warnings=upkeep.warnings)
+
+
+def remap_actions(
+    target: ActiveTarget, placed: Sequence[Extent], lost: Sequence[tuple[int, int]]
+) -> Plan:
+    """The plan that remaps chunks to given places, without any upkeep.
+
+    Args:
+        target: the active target.
+        placed: the new extents, of one chunk each.
+        lost: pairs of first sector and count that are lost by it.
+    """
+    metadata = target.metadata
+    name = target.device.name
+    chunk_sectors = metadata.config["chunk_sectors"]
+    total = metadata.config["main"]["sectors"]
+    spares = {spare.index: spare.candidate.info for spare in target.spares}
+    actions = []
     for extent in placed:
         start = extent.logical * chunk_sectors
         actions.append(
@@ -641,17 +744,29 @@ def plan_remap(
         )
     after = metadata
     if placed:
-        after = replace(
-            metadata,
-            generation=metadata.generation + 1,
-            extents=extents.merge([*metadata.extents, *placed]),
-        )
+        after = with_remaps(replace(metadata, generation=metadata.generation + 1), placed, lost)
         actions.append(Action("commit_metadata", name, {"generation": after.generation}))
-    return replace(
-        upkeep,
+    return Plan(
+        name=name,
         actions=tuple(actions),
-        after=_state(after, upkeep.spares),
+        before=_state(metadata, spares),
+        after=_state(after, spares),
+        metadata=metadata,
+        main=target.main,
+        spares=spares,
         placed=tuple(placed),
+    )
+
+
+def with_remaps(
+    metadata: Metadata, placed: Sequence[Extent], lost: Sequence[tuple[int, int]]
+) -> Metadata:
+    """The metadata with new extents and lost sectors (pairs of first sector and count)."""
+    known = [(item.sector, item.count) for item in metadata.lost]
+    return replace(
+        metadata,
+        extents=extents.merge([*metadata.extents, *placed]),
+        lost=tuple(LostRange(*item) for item in extents.merge_sectors([*known, *lost])),
     )
 
 

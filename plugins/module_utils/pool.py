@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from .errors import Refused
+from .errors import Refused, count_of
 from .format import Extent, Geometry
 
 
@@ -52,8 +52,8 @@ def allocate(
     placed = [Extent(chunk, 1, *place) for chunk, place in zip(chunks, free)]
     if len(placed) < len(chunks):
         raise Refused(
-            f"the spares have {len(placed)} free chunks, and {len(chunks)} are needed",
-            remedy="add a spare, or replace the main",
+            f"the spares have {count_of(len(placed), 'free chunk')}, and {len(chunks)} are needed",
+            remedy="copy the data to another disk",
         )
     return placed
 

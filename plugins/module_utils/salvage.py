@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import enum
 import errno
 import time
@@ -100,6 +101,22 @@ class Salvage:
         """Sectors with ``outcome``."""
         return self.outcomes.count(outcome) * self.block_sectors
 
+    def keep(self, first: int, data: bytes, outcome: Outcome) -> None:
+        """Take the data of the blocks from ``first`` on."""
+        size = self.block_sectors * SECTOR_BYTES
+        blocks = len(data) // size
+        self.data[first * size : (first + blocks) * size] = data
+        self.outcomes[first : first + blocks] = [outcome] * blocks
+
+    def read_again(self, device: Readable) -> None:
+        """Read each lost block once more."""
+        for first, blocks in self.runs(Outcome.LOST):
+            for index in range(first, first + blocks):
+                self.reads += 1
+                with contextlib.suppress(OSError):
+                    sector = self.sector + index * self.block_sectors
+                    self.keep(index, device.read(sector, self.block_sectors), Outcome.RETRY)
+
     def runs(self, *wanted: Outcome) -> list[tuple[int, int]]:
         """Runs of blocks whose outcome is one of ``wanted``, as (first block, blocks)."""
         found: list[tuple[int, int]] = []
@@ -166,9 +183,7 @@ def salvage(
             if blocks == 1:
                 result.errors[first] = error.errno or errno.EIO
             return False
-        size = block_sectors * SECTOR_BYTES
-        result.data[first * size : (first + blocks) * size] = data
-        result.outcomes[first : first + blocks] = [outcome] * blocks
+        result.keep(first, data, outcome)
         return True
 
     pending = [(0, len(result.outcomes))]

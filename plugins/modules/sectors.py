@@ -116,7 +116,7 @@ actions:
       spare: 0
       spare_chunk: 0
 generation:
-  description: Generation of the target's metadata after the task.
+  description: Generation of the target's metadata after the task, in check mode as it would be.
   returned: always
   type: int
   sample: 8
@@ -126,7 +126,10 @@ recovered:
   type: int
   sample: 127
 lost:
-  description: Sectors of the target that no read could save.
+  description:
+    - Sectors of the chunks that no read could save.
+    - Of chunks that were remapped before this task, those that are still unreadable are named too.
+      Each lost sector can be read again as soon as something has been written to it.
   returned: always
   type: list
   elements: dict
@@ -169,7 +172,7 @@ seconds:
 from ansible.module_utils.basic import AnsibleModule
 
 from ..module_utils.engine import Engine, RemapReport
-from ..module_utils.errors import DmRemapError
+from ..module_utils.errors import DmRemapError, count_of
 from ..module_utils.planner import plan_remap
 from ..module_utils.report import describe_remap, diff_of
 from ..module_utils.salvage import Patience
@@ -210,17 +213,21 @@ def run(module: AnsibleModule) -> None:
     engine = Engine(guard=True)
     engine.check_host()
     with engine.locked(name):
-        plan = plan_remap(engine.require(name), ranges, params["expected_generation"])
-        report = RemapReport(plan.metadata.generation)
-        if plan.changes and not module.check_mode:
+        if module.check_mode:
+            target = engine.require(name)
+            plan = plan_remap(target, ranges, params["expected_generation"])
+            report = RemapReport(plan, lost_before=engine.lost_before(target, ranges))
+        else:
             report = engine.remap(name, ranges, params["expected_generation"], patience)
+    for warning in report.plan.warnings:
+        module.warn(warning)
     if report.lost:
-        lost = sum(count for _start, count in report.lost)
-        module.warn(f"{name}: {lost} sectors could not be read and are lost")
+        lost = count_of(sum(count for _start, count in report.lost), "sector")
+        module.warn(f"{name}: {lost} could not be read and must be taken for lost")
     module.exit_json(
-        changed=plan.changes,
-        actions=plan.action_dicts(),
-        diff=diff_of(plan),
+        changed=report.plan.changes,
+        actions=report.plan.action_dicts(),
+        diff=diff_of(report.plan),
         **describe_remap(report),
     )
 

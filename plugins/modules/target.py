@@ -25,7 +25,8 @@ requirements:
 options:
   name:
     description:
-      - Name of the target, 1 to 96 of the characters C(A-Z a-z 0-9 . _ + -).
+      - Name of the target, 1 to 96 of the characters C(A-Z a-z 0-9 . _ + -), the first one a
+        letter or digit.
     type: str
     required: true
   main:
@@ -58,12 +59,15 @@ options:
   wipe:
     description:
       - Allow spares that hold a filesystem, a partition table or anything else, which is erased.
+      - Remapped chunks of a target are not erased by this alone. If they are this target's own, the
+        target is activated with them; if they are another's, the spare is refused.
     type: bool
     default: false
   discard_remaps:
     description:
       - With O(state=absent), remove the target although some of its data is on the spares only.
         That data is lost.
+      - With O(wipe=true), erase spares although remapped chunks of a target are on them.
     type: bool
     default: false
   state:
@@ -176,7 +180,8 @@ def run(module: AnsibleModule) -> None:
     name = module.params["name"]
     engine = Engine(guard=True)
     engine.check_host()
-    with engine.locked(name):
+    # Two tasks at once could give one spare to two targets.
+    with engine.locked_host(), engine.locked(name):
         if module.params["state"] == "present":
             request = request_from(module)
             plan = plan_present(request, engine.see(name, request.main, request.spares))
@@ -215,6 +220,7 @@ def request_from(module: AnsibleModule) -> Request:
         chunk_bytes=chunk_bytes,
         on_error=params["on_error"],
         wipe=params["wipe"],
+        discard_remaps=params["discard_remaps"],
     )
 
 

@@ -33,7 +33,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Union
 
-from dm_remap.blockdev import DeviceInfo, Use
+from dm_remap.blockdev import OWN_SIGNATURE, DeviceInfo, Use
 from dm_remap.devmapper import MappedDevice, Segment
 from dm_remap.errors import DmRemapError
 
@@ -851,7 +851,7 @@ class Blocks:
         start = kernel.read(devno_of(kernel, path), 0, 8)
         found = []
         if start.startswith(b"DMREMAP4"):
-            found.append("dm_remap.storage spare")
+            found.append(OWN_SIGNATURE)
         if start[FILESYSTEM_SECTOR * SECTOR :].startswith(FILESYSTEM_MAGIC):
             found.append("ext4")
         return found

@@ -20,9 +20,10 @@ import pytest
 
 from dm_remap import engine as engine_module
 from dm_remap import planner
+from dm_remap.devmapper import Segment
 from dm_remap.engine import Engine, RemapReport
 from dm_remap.errors import DmRemapError, Refused, StaleGeneration
-from dm_remap.format import minimum_spare_sectors
+from dm_remap.format import geometry_of, minimum_spare_sectors
 from dm_remap.planner import Request, plan_absent, plan_present, plan_upkeep
 from dm_remap.salvage import Patience
 from tests.unit.fake_kernel import FILESYSTEM_MAGIC, SECTOR, Disk, Kernel, Killed, Process, Volatile
@@ -135,9 +136,11 @@ class Scene:
         used.apply(plan)
         return [action.kind for action in plan.actions]
 
-    def remove(self, discard: bool = True) -> None:
-        used = self.engine()
-        seen = used.see(NAME, None, self.request.spares)
+    def remove(
+        self, discard: bool = True, engine: Engine | None = None, spares: Sequence[str] = ()
+    ) -> None:
+        used = engine or self.engine()
+        seen = used.see(NAME, None, spares)
         used.apply(plan_absent(NAME, seen.target, seen, discard))
 
     def remap(self, *ranges: tuple[int, int], engine: Engine | None = None) -> RemapReport:
@@ -735,7 +738,7 @@ def test_a_crash_anywhere_in_a_creation_over_an_old_target(target: Scene, power_
     target.remap((40, 1), (80, 1))
     target.app.flush(target.kernel)
     target.kernel.cut_power([])
-    wiping = replace(target, request=replace(target.request, wipe=True))
+    wiping = replace(target, request=replace(target.request, wipe=True, discard_remaps=True))
     target.spares[0].fill(2, FILESYSTEM_MAGIC.ljust(SECTOR, b"\0"))
     crashes = record(wiping, wiping.create)
     for crash in crashes:
@@ -753,22 +756,22 @@ def test_a_crash_anywhere_in_a_creation_over_an_old_target(target: Scene, power_
 
 @pytest.mark.parametrize("power_cut", [False, True], ids=["killed", "power cut"])
 def test_a_crash_anywhere_in_a_removal(target: Scene, power_cut: bool) -> None:
-    crashes = record(target, lambda e: remove_with(target, e))
+    """What a killed removal leaves in the kernel is enough to wipe the spares; else they are named.
+
+    A copy of the metadata that is left would show old data when the target is made again.
+    """
+    target.remap((40, 1))
+    crashes = record(target, lambda engine: target.remove(engine=engine))
     for crash in crashes:
         choices = survivals(crash.kernel.volatile(), crash.label) if power_cut else [[]]
         for survivors in choices:
             again = target.at(crash.kernel.clone(), crash.app.clone())
             if power_cut:
                 again.kernel.cut_power(survivors)
-            again.remove()
+            again.remove(spares=again.request.spares if power_cut else ())
             assert again.kernel.mapped == {}, crash.label
             assert again.create()[0] == "format_spare", crash.label
-            again.check(power_cut, why=crash.label)
-
-
-def remove_with(scene: Scene, engine: Engine) -> None:
-    seen = engine.see(NAME, None, scene.request.spares)
-    engine.apply(plan_absent(NAME, seen.target, seen))
+            assert again.generation() == 1, crash.label
 
 
 @pytest.fixture
@@ -878,3 +881,194 @@ def test_a_spare_that_dies_anywhere_in_a_remap(
         scene.spares[dying].dead = False
         scene.create()
         scene.check(why=why)
+
+
+# What else may be on a host
+
+
+def foreign(kernel: Kernel, name: str, suspended: bool) -> None:
+    kernel.insert(name, "LVM-of-somebody-else")
+    kernel.load(name, [Segment(0, 8, "error", "")])
+    kernel.resume(name)
+    kernel.mapped[name].suspended = suspended
+
+
+@pytest.mark.parametrize("suspended", [False, True])
+@pytest.mark.parametrize("part", ["-frozen", "-spare1"])
+def test_devices_of_others_are_left_alone(target: Scene, part: str, suspended: bool) -> None:
+    name = NAME + part
+    foreign(target.kernel, name, suspended)
+    before = copy.deepcopy(target.kernel.mapped[name])
+    assert target.create() == []
+    if part == "-frozen":
+        with pytest.raises(Refused, match="whose name the remap needs"):
+            target.remap((40, 1))
+    else:
+        target.remap((40, 1))
+    assert target.kernel.mapped[name] == before
+    target.remove()
+    assert target.kernel.mapped == {name: before}
+
+
+@pytest.mark.parametrize("where", ["frozen_created", "frozen", "committed", "thawed", "swapped"])
+def test_a_target_is_removed_in_the_middle_of_a_remap(target: Scene, where: str) -> None:
+    kill_remap(target, where)
+    target.remove()
+    assert target.kernel.mapped == {}
+    assert target.create()[0] == "format_spare"
+
+
+def kill_remap(scene: Scene, where: str, *ranges: tuple[int, int]) -> None:
+    process = Process(scene.kernel)
+
+    def step(name: str) -> None:
+        if name == where:
+            process.kill()
+
+    with pytest.raises(Killed):
+        scene.remap(*(ranges or [(40, 1)]), engine=scene.engine(process, step))
+
+
+def test_a_disk_that_goes_away_within_a_chunk_loses_no_sector(target: Scene) -> None:
+    target.main.spoil([41])
+
+    def on_read(sector: int, _count: int) -> None:
+        target.main.dead = target.main.dead or sector == 42
+
+    target.main.on_read = on_read
+    with pytest.raises(DmRemapError, match="reads fail everywhere"):
+        target.remap((41, 1))
+    target.main.on_read, target.main.dead = None, False
+    assert target.remap((41, 1)).lost == [(41, 1)]
+    target.app.versions[41] = [None]
+    target.check()
+
+
+@pytest.mark.parametrize("comes_back", ["salvaged", "first answer", "never"])
+def test_a_disk_that_was_away_for_a_while_loses_no_sector(target: Scene, comes_back: str) -> None:
+    """Its reads failed one by one like those of bad sectors."""
+    target.main.dead = True
+
+    def step(name: str) -> None:
+        if name == comes_back:
+            target.main.dead = False
+
+    def on_read(sector: int, _count: int) -> None:
+        # Only the question whether the disk answers at all goes elsewhere.
+        if comes_back == "first answer" and sector == 0:
+            target.main.dead = False
+
+    target.main.on_read = on_read
+    with contextlib.suppress(DmRemapError):
+        assert target.remap((40, 1), engine=target.engine(step=step)).lost == []
+    target.main.on_read, target.main.dead = None, False
+    target.check()
+
+
+def test_a_synchronous_write_during_the_check_raises_no_alarm(target: Scene) -> None:
+    """dm-integrity lets the new data be read before it completes such a write."""
+    process = Process(target.kernel)
+    spare = target.kernel.mapped[f"{NAME}-spare0"]
+    answer = process.mapper.message
+
+    def message(name: str, text: str, sector: int = 0) -> str:
+        lines = answer(name, text, sector).splitlines()
+        if text.startswith("@stats_print") and spare.live.integrity.journal:
+            words = lines[4].split()
+            words[9] = "1"
+            lines[4] = " ".join(words)
+        return "\n".join(lines)
+
+    def step(name: str) -> None:
+        if name == "frozen_removed":
+            spare.live.integrity.journal.append((4, content(44, 1)))
+
+    process.mapper.message = message
+    assert target.remap((40, 1), engine=target.engine(process, step)).generation == 2
+
+
+def test_a_generation_that_may_be_on_a_lost_spare_is_not_undone(tmp_path: Path) -> None:
+    """Else the chunk would change on main, and the spare would bring its older data back."""
+    scene = make_scene(tmp_path, spares=2)
+    scene.create()
+    first, second = scene.spares
+    all_copies = set(range(second.sectors))
+
+    def step(name: str) -> None:
+        if name == "spare0/copy6/written":
+            first.dead = True
+            second.unwritable = all_copies
+
+    with pytest.raises(DmRemapError):
+        scene.remap((40, 1), engine=scene.engine(step=step))
+    second.unwritable = set()
+    assert scene.read(44) is None, "the chunk must not come back on main"
+    assert scene.read(8) == content(8), "all others must"
+    first.dead = False
+    scene.create()
+    scene.check()
+
+
+def test_the_report_tells_of_losses_that_an_interrupted_remap_left(target: Scene) -> None:
+    target.spoil(41)
+    kill_remap(target, "committed", (41, 1))
+    report = target.remap((40, 8))
+    assert report.chunks == []
+    assert report.lost == [(41, 1)]
+    target.app.write(target.kernel, 41)
+    assert target.remap((40, 8)).lost == [], "what was written since is lost no more"
+
+
+def test_the_report_tells_which_places_were_used(target: Scene) -> None:
+    target.spoil(41)
+    metadata = target.engine().require(NAME).metadata
+    geometry = geometry_of(metadata, 0)
+    target.spares[0].unwritable = {geometry.chunk_sector(0) + 3}
+    planned = planner.plan_remap(target.engine().require(NAME), [(40, 1)])
+    report = target.remap((40, 1))
+    (chunk,) = report.chunks
+    told = [a.details["spare_chunk"] for a in report.plan.actions if a.kind == "remap_chunk"]
+    assert [extent.physical for extent in planned.placed] == [0]
+    assert told == [chunk.spare_chunk] == [1]
+    after = target.engine().require(NAME)
+    assert report.plan.after == planner.plan_upkeep(after).after
+
+
+def test_a_spare_that_cannot_be_formatted_is_named(scene: Scene) -> None:
+    scene.spares[0].unwritable = set(range(16384, scene.spares[0].sectors))
+    with pytest.raises(DmRemapError, match="cannot be formatted") as caught:
+        scene.create()
+    assert caught.value.device == scene.spares[0].path
+
+
+@pytest.mark.parametrize("helpless", [False, True])
+def test_the_guard_stays_while_anything_is_frozen(
+    target: Scene, monkeypatch: pytest.MonkeyPatch, helpless: bool
+) -> None:
+    told: list[bytes] = []
+    monkeypatch.setattr(engine_module.os, "fork", lambda: 1)
+    monkeypatch.setattr(engine_module.os, "waitpid", lambda *_arguments: (1, 0))
+    monkeypatch.setattr(engine_module.os, "write", lambda _pipe, data: told.append(data) or 1)
+    frozen = []
+
+    def on_call(name: str) -> None:
+        if helpless and frozen and name.split()[0] in ("load", "swap"):
+            raise DmRemapError("no memory", device=name)
+
+    process = Process(target.kernel, on_call)
+    engine = Engine(
+        mapper=process.mapper,
+        blocks=process.blocks,
+        step=lambda name: frozen.append(name) if name == "frozen" else None,
+        lock_dir=str(target.folder),
+        backup_dir=str(target.folder),
+        guard=True,
+    )
+    if helpless:
+        with pytest.raises(DmRemapError):
+            target.remap((40, 1), engine=engine)
+        assert target.kernel.mapped[f"{NAME}-frozen"].suspended
+        assert told == []
+    else:
+        target.remap((40, 1), engine=engine)
+        assert told == [b"."]

@@ -17,11 +17,10 @@ from dm_remap.extents import (
     MAX_RUN_CHUNKS,
     chunks_of,
     find,
-    lost_within,
     merge,
     merge_sectors,
 )
-from dm_remap.format import Extent, LostRange
+from dm_remap.format import Extent
 
 CHUNKS = 24
 
@@ -123,13 +122,3 @@ def test_merged_ranges_hold_the_same_sectors_and_never_touch(items: list[tuple[i
     assert as_sectors(merged) == as_sectors(items)
     ends = [start + count for start, count in merged]
     assert all(end < start for end, (start, _count) in zip(ends, merged[1:]))
-
-
-@given(ranges, st.integers(0, 70), st.integers(0, 30))
-def test_lost_sectors_within_are_counted_one_by_one(
-    items: list[tuple[int, int]], start: int, count: int
-) -> None:
-    merged = merge_sectors(items)
-    lost = [LostRange(*item) for item in merged]
-    expected = len(as_sectors(merged) & set(range(start, start + count)))
-    assert lost_within(lost, start, count) == expected

@@ -9,7 +9,7 @@ import json
 
 from dm_remap.engine import RemappedChunk, RemapReport
 from dm_remap.format import Diagnosis, Extent, LostRange, geometry_of
-from dm_remap.planner import plan_present, plan_remap
+from dm_remap.planner import Plan, plan_present, plan_remap
 from dm_remap.report import describe_remap, describe_target, diff_of, sector_ranges
 from tests.unit.test_planner import (
     MAIN_SECTORS,
@@ -71,7 +71,8 @@ def test_a_remap() -> None:
         recovered_on_retry=5,
         lost=[(390, 2), (392, 1)],
     )
-    report = RemapReport(4, [chunk], salvage_seconds=0.123456, pause_seconds=0.01, seconds=0.2)
+    plan = Plan("data", after={"generation": 4})
+    report = RemapReport(plan, [chunk], salvage_seconds=0.123456, pause_seconds=0.01, seconds=0.2)
     described = describe_remap(report)
     assert json.loads(json.dumps(described)) == described
     assert described["generation"] == 4
