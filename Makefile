@@ -71,6 +71,7 @@ bench: packages-lab collection
 
 soak: packages-rulebook packages-lab collection
 	@$(PYTEST) tests -m soak $(ARGS)
+	@$(PYTEST) tests/vm -m 'core and soak' --lab-image debian-13 $(ARGS)
 
 clean:
 	rm -rf .build .venv .ansible .hypothesis .ruff_cache tests/output dm_remap-storage-*.tar.gz

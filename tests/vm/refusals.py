@@ -193,8 +193,22 @@ def write_parts_image(image: Path) -> None:
         file.seek(_start("luks") * 512)
         # Magic, version 1, and the UUID at byte 168 (LUKS1 on-disk format, 2.1).
         file.write(b"LUKS\xba\xbe\x00\x01".ljust(168, b"\0") + str(uuid.uuid4()).encode())
-        file.seek(_start("btrfs_bytes") * 512 + 65536 + 64)
-        file.write(b"_BHRfS_M")
+        file.seek(_start("btrfs_bytes") * 512 + 65536)
+        file.write(_btrfs_superblock())
+
+
+def _btrfs_superblock() -> bytes:
+    """As much of it as blkid looks at: checksum (CRC-32C), byte 64 the magic.
+
+    struct btrfs_super_block in include/uapi/linux/btrfs_tree.h.
+    """
+    rest = bytes(32) + b"_BHRfS_M" + bytes(4096 - 72)
+    crc = 0xFFFFFFFF
+    for byte in rest:
+        crc ^= byte
+        for _bit in range(8):
+            crc = crc >> 1 ^ (0x82F63B78 if crc & 1 else 0)
+    return (crc ^ 0xFFFFFFFF).to_bytes(4, "little").ljust(32, b"\0") + rest
 
 
 def _make_empty(image: Path, mib: int) -> None:

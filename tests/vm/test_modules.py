@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -61,12 +62,23 @@ def assert_nothing_planned(result: Result) -> None:
 
 
 def assert_as_planned(check: Result, real: Result) -> None:
-    """Check that check mode foretold what was done, and the difference that it made."""
+    """Check that check mode foretold what was done, and the difference that it made.
+
+    Which sectors are lost, nobody can know before.
+    """
     for result in (check, real):
         assert not result.get("failed"), result
         assert result["changed"] is True
     assert check["actions"] == real["actions"]
-    assert check["diff"] == real["diff"]
+    assert foreseeable(check) == foreseeable(real)
+
+
+def foreseeable(result: Result) -> dict[str, Any]:
+    """The difference, without the lost sectors."""
+    found: dict[str, Any] = dict(difference(result))
+    shown = [json.loads(text or "{}") for text in found["configuration"]]
+    found["configuration"] = [{**text, "lost": None} for text in shown]
+    return found
 
 
 def difference(result: Result) -> dict[str, tuple[str, str]]:
@@ -153,9 +165,12 @@ def test_life_of_a_target(lab: Machine, runner: Runner, spare_names: tuple[str, 
     assert [action.get("chunk") for action in check["actions"]] == [0, 25, None]
     assert_nothing_planned(done["again"])
     assert done["remap"]["generation"] == done["again"]["generation"] == 2
-    assert done["remap"]["lost"] == [{"start": BAD_SECTOR, "count": 1}]
     assert done["remap"]["recovered"] == 2 * CHUNK_SECTORS - 1
-    assert f"{NAME}: 1 sectors" in str(done["remap"]["warnings"])
+    _unused, after = difference(done["remap"])["configuration"]
+    assert json.loads(after)["lost"] == [{"sector": BAD_SECTOR, "count": 1}]
+    for result in (done["remap"], done["again"]):
+        assert result["lost"] == [{"start": BAD_SECTOR, "count": 1}]
+        assert f"{NAME}: 1 sector could not be read" in str(result["warnings"])
     before, after = difference(check)["table"]
     assert before == f"0 {main.spec.sectors} linear main 0\n"
     rest = 26 * CHUNK_SECTORS
@@ -186,8 +201,8 @@ def test_life_of_a_target(lab: Machine, runner: Runner, spare_names: tuple[str, 
     assert_as_planned(check, done["absent"])
     assert steps_of(check["actions"]) == [
         ("remove_target", target),
-        *(("deactivate_spare", node) for node in nodes),
         *(("wipe_metadata", node) for node in nodes),
+        *(("deactivate_spare", node) for node in nodes),
     ]
     assert difference(check)["table"] == (after, "")
     assert difference(check)["configuration"][1] == ""
@@ -276,8 +291,10 @@ def erasing() -> list[Step]:
         "main": refusals.path("ide"),
         "spares": [refusals.path(name) for name in refusals.ERASABLE],
         "wipe": True,
+        "discard_remaps": True,
     }
     return [
+        Step("wipe alone", "target", {**wanted, "discard_remaps": False}, check=True),
         Step("create in check mode", "target", wanted, check=True),
         Step("create", "target", wanted),
         Step("again", "target", wanted),
@@ -342,6 +359,8 @@ class TestRefusals:
 
     def test_erases_with_permission_only(self, refused: Outcome) -> None:
         done = refused.erased
+        # One of them has the metadata of another target, which may be the way to its data.
+        assert done["wipe alone"]["failed"]
         assert_as_planned(done["create in check mode"], done["create"])
         paths = [refusals.path(name) for name in refusals.ERASABLE]
         wiped = steps_of(done["create"]["actions"])[: 2 * len(paths)]

@@ -186,13 +186,13 @@ def walk(machine: Machine, targets: list[Guarded], walks: int) -> list[dict[str,
     return found
 
 
-@pytest.mark.core
 def test_a_power_cut_at_every_step(cut: Machine, guarded: list[Guarded]) -> None:
     found = walk(cut, guarded, walks=1)
     outcomes = {result["together"]["remapped"] for result in found}
     assert outcomes == {False, True}, "both the old and the new generation must have been met"
 
 
+@pytest.mark.core
 @pytest.mark.soak
 def test_power_cuts_at_every_step_again_and_again(cut: Machine, guarded: list[Guarded]) -> None:
     walk(cut, guarded, walks=7)
