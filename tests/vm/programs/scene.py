@@ -141,7 +141,13 @@ def remap(
     engine = Engine(step=step)
     with engine.locked(name):
         report = engine.remap(name, [tuple(item) for item in ranges], patience=patience)
-    return {**asdict(report), "lost": report.lost}
+    return {
+        "generation": report.generation,
+        "chunks": [asdict(chunk) for chunk in report.chunks],
+        "lost": report.lost,
+        "pause_seconds": report.pause_seconds,
+        "seconds": report.seconds,
+    }
 
 
 def state(name: str) -> dict[str, Any]:
