@@ -646,7 +646,7 @@ def _cases_of_sectors() -> Iterator[Case]:
         (
             "more than the spare has room for",
             {"name": HELD, "ranges": [{"start": 0, "count": size}]},
-            ("free chunks", "1024 are needed", "add a spare"),
+            ("free chunks", "1024 are needed", "copy the data"),
             HELD,
         ),
         (
