@@ -17,6 +17,8 @@ from dataclasses import replace
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
+# A template engine would make a number of it, and drop its last digit.
+NAME = "2024.10"
 
 
 def load(name: str, path: Path) -> object:
@@ -33,6 +35,7 @@ async def run(directory: Path, port: int) -> None:
     scene_module = load("daemon_scene", ROOT / "tests" / "unit" / "daemon_scene.py")
     scene = scene_module.Scene(directory)
     scene.host.disk.bad = set(range(scene.host.disk.sectors))
+    scene.host.guarded = [replace(target, name=NAME) for target in scene.host.guarded]
     scene.host.disk.bad -= {0, *range(2000, 6000)}
     stop = asyncio.Event()
     asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, stop.set)

@@ -10,8 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
-import shutil
 import subprocess
 import sys
 import time
@@ -22,9 +20,10 @@ import pytest
 
 from dm_remap import credentials
 from tests.lab.process import Process, start_time
+from tests.loop.controller import Controller
+from tests.loop.daemon_process import NAME
 from tests.unit.daemon_scene import Scene
 
-ROOT = Path(__file__).resolve().parents[2]
 HERE = Path(__file__).resolve().parent
 SECONDS = 120
 
@@ -37,34 +36,20 @@ class Loop:
     def __init__(self, root: Path) -> None:
         self.root = root
         self.host = root / "host"
-        self.record = root / "record"
-        for folder in (self.host, self.record, root / "hosts", root / "inventory"):
+        for folder in (self.host, root / "hosts"):
             folder.mkdir()
+        self.controller = Controller(root)
+        # The rulebook must limit its playbooks to one of them.
+        self.controller.add_hosts("db1", "db2")
         self.scene = Scene(self.host)
         self.port = 0
         self.daemon: subprocess.Popen | None = None
         self.rulebook: subprocess.Popen | None = None
-        self._lay_out_collection()
-        inventory = {
-            "ansible_connection": "local",
-            "ansible_python_interpreter": sys.executable,
-            "ansible_become": False,
-        }
-        (root / "inventory" / "hosts.json").write_text(
-            json.dumps({"all": {"hosts": {"db1": inventory}}})
-        )
         self.variables = {
             "dm_remap_hosts_directory": str(root / "hosts"),
             "dm_remap_cursor_directory": str(root / "cursors"),
             "drools_db_file_path": str(root / "engine"),
         }
-
-    def _lay_out_collection(self) -> None:
-        target = self.root / "ansible_collections" / "dm_remap" / "storage"
-        for name in ("meta", "playbooks", "plugins", "extensions/eda"):
-            shutil.copytree(ROOT / name, target / name)
-        shutil.copy(ROOT / "galaxy.yml", target)
-        shutil.copy(HERE / "sectors.py", target / "plugins" / "modules")
 
     # The host
 
@@ -99,24 +84,17 @@ class Loop:
     def start_rulebook(self, *options: str) -> None:
         """Start the rulebook of the collection."""
         (self.root / "variables.json").write_text(json.dumps(self.variables))
-        bin_directory = str(Path(sys.executable).parent)
-        environment = {
-            **os.environ,
-            "PATH": bin_directory + os.pathsep + os.environ["PATH"],
-            "ANSIBLE_COLLECTIONS_PATH": str(self.root),
-            "DM_REMAP_LOOP_DIRECTORY": str(self.record),
-        }
         self.log = open(self.root / "rulebook.log", "ab")  # noqa: SIM115
         self.rulebook = subprocess.Popen(
             [
                 *("ansible-rulebook", "--rulebook", "dm_remap.storage.heal"),
-                *("--inventory", str(self.root / "inventory")),
+                *("--inventory", str(self.controller.inventory)),
                 *("--vars", str(self.root / "variables.json")),
                 *(options or ("--persistence-id", "1")),
             ],
             stdout=self.log,
             stderr=subprocess.STDOUT,
-            env=environment,
+            env=self.controller.environment,
             cwd=self.root,
         )
 
@@ -130,7 +108,7 @@ class Loop:
         self.log.close()
 
     def _processes(self) -> list[Process]:
-        marker = f"DM_REMAP_LOOP_DIRECTORY={self.record}\0".encode()
+        marker = f"DM_REMAP_LOOP_DIRECTORY={self.controller.record}\0".encode()
         found = []
         for environment in Path("/proc").glob("[0-9]*/environ"):
             pid = int(environment.parent.name)
@@ -144,22 +122,9 @@ class Loop:
         """Return what the rulebook printed."""
         return (self.root / "rulebook.log").read_text(errors="replace")
 
-    def close_gate(self) -> None:
-        """Let the playbooks' tasks wait in their middle."""
-        (self.record / "gate").unlink(missing_ok=True)
-        os.mkfifo(self.record / "gate")
-
-    def open_gate(self) -> None:
-        """Let the playbooks' tasks pass."""
-        with contextlib.suppress(FileNotFoundError):
-            (self.record / "gate").unlink()
-        (self.record / "gate").touch()
-
     def sectors(self, what: str) -> list[int]:
         """Return the sectors of the calls that were `begun` or `done`, in their order."""
-        path = self.record / what
-        lines = path.read_text().splitlines() if path.exists() else []
-        return [item["start"] for line in lines for item in json.loads(line)["ranges"]]
+        return [item["start"] for call in self.controller.calls(what) for item in call["ranges"]]
 
     def cursor(self) -> int:
         """Return the event source's cursor, 0 if there is none."""
@@ -193,7 +158,7 @@ def loop(tmp_path: Path) -> Iterator[Loop]:
 
 
 def test_nothing_is_lost_and_nothing_is_done_twice(loop):
-    loop.close_gate()
+    loop.controller.close_gate()
     loop.start_daemon()
     for sector in (100, 200, 300):
         loop.fail(sector)
@@ -207,18 +172,18 @@ def test_nothing_is_lost_and_nothing_is_done_twice(loop):
     loop.kill_daemon()
     loop.fail(400)
     loop.start_daemon()
-    loop.open_gate()
+    loop.controller.open_gate()
     loop.start_rulebook()
     loop.wait_until(lambda: set(loop.sectors("done")) == {100, 200, 300, 400})
     assert sorted(loop.sectors("done")) == [100, 200, 300, 400]
 
     # Another crash in the middle of a task: only that one is done again.
-    loop.close_gate()
+    loop.controller.close_gate()
     loop.fail(450)
     loop.wait_until(lambda: 450 in loop.sectors("begun"))
     loop.kill_rulebook()
     loop.fail(500)
-    loop.open_gate()
+    loop.controller.open_gate()
     loop.start_rulebook()
     loop.wait_until(lambda: {450, 500} <= set(loop.sectors("done")))
     assert sorted(loop.sectors("done")) == [100, 200, 300, 400, 450, 500]
@@ -229,11 +194,14 @@ def test_nothing_is_lost_and_nothing_is_done_twice(loop):
     loop.fail(600)
     loop.wait_until(lambda: 600 in loop.sectors("done"))
     assert sorted(loop.sectors("done")) == [100, 200, 300, 400, 450, 500, 600]
+    assert {call["name"] for call in loop.controller.calls("begun")} == {NAME}
+    assert "[db2]" not in loop.log_text()
+    assert "[localhost]" not in loop.log_text()
 
 
 def test_acknowledgements_without_a_database_are_refused(loop):
     del loop.variables["drools_db_file_path"]
-    loop.open_gate()
+    loop.controller.open_gate()
     loop.start_daemon()
     loop.fail(100)
     loop.start_rulebook()

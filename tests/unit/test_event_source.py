@@ -534,13 +534,47 @@ def test_wrong_arguments_end_the_source(tmp_path, changes, message):
 
 
 @pytest.mark.parametrize(
-    "url", ["http://db1:9741", "https://", "https://u:p@db1", "db1:9741", "https://db1/?token=x"]
+    "url",
+    [
+        "http://db1:9741",
+        "https://",
+        "https://u:p@db1",
+        "db1:9741",
+        "https://db1/?token=x",
+        "https://db1:port",
+        "https://db1:0",
+        "https://db1:65536",
+        "https://2001:db8::5:9741",
+        "https://[2001:db8::5:9741",
+    ],
 )
 def test_an_address_that_would_not_be_safe_is_refused(tmp_path, url):
     arguments = good(tmp_path)
     arguments["hosts"][0]["url"] = url
     with pytest.raises(health.BadConfiguration, match="is not https://NAME:PORT"):
         run(health.main(asyncio.Queue(1), arguments))
+
+
+@pytest.mark.parametrize(
+    "url", ["https://db1:9741", "https://db1", "https://192.0.2.5:1", "https://[2001:db8::5]:9741"]
+)
+def test_an_address_by_name_or_number_is_taken(tmp_path, url):
+    entry = good(tmp_path)["hosts"][0]
+    assert health.check_host({**entry, "url": url}).url == url
+
+
+def test_paths_may_begin_with_the_home_directory(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "hosts").mkdir()
+    entry = {**good(tmp_path)["hosts"][0], "ca_file": "~/ca", "token_file": "~/token"}
+    (tmp_path / "hosts" / "db1.json").write_text(json.dumps(entry))
+    arguments = health.check_arguments(
+        {"hosts_directory": "~/hosts", "cursor_directory": "~/state/cursors"}
+    )
+    assert arguments.cursor_directory == tmp_path / "state" / "cursors"
+    assert (tmp_path / "state" / "cursors").is_dir()
+    found = health.all_hosts(arguments)["db1"]
+    assert (found.ca_file, found.token_file) == (str(tmp_path / "ca"), str(tmp_path / "token"))
 
 
 def test_the_same_host_twice_is_refused(tmp_path):

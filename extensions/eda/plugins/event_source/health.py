@@ -27,7 +27,10 @@ description:
   - Follows the journal of each host over HTTPS, with a long poll and a bearer token.
   - Remembers a cursor for each host in a file, and goes on there after a restart.
   - With O(feedback=true) and the rule engine's persistence the cursor moves when the engine has an
-    event in its database. Then a crash of the controller loses no event, and none acts twice.
+    event in its database. Then a crash of the controller loses no event.
+  - An event may act a second time if the crash came while its action ran, or between the engine's
+    acknowledgement and the write of the cursor. So use actions that do no harm when repeated;
+    M(dm_remap.storage.sectors) changes nothing where the work was done.
   - Without O(feedback=true) the cursor moves when the event is in the engine's queue. A crash may
     then lose the event that is being worked on.
   - A host that cannot be reached is tried again for ever, at growing intervals. When an outage
@@ -45,7 +48,9 @@ options:
         type: str
         required: true
       url:
-        description: Where the host's daemon listens, such as C(https://db1.example.org:9741).
+        description:
+          - Where the host's daemon listens, such as C(https://db1.example.org:9741).
+          - An IPv6 address stands in brackets, C(https://[2001:db8::5]:9741).
         type: str
         required: true
       ca_file:
@@ -58,7 +63,9 @@ options:
         required: true
   hosts_directory:
     description:
-      - Directory with a JSON file for each host, which has the keys of O(hosts).
+      - Directory with a JSON file for each host, which has the keys of O(hosts). Here and in all
+        other paths a C(~) at the beginning is the home directory of the user who runs
+        ansible-rulebook.
       - The role P(dm_remap.storage.host#role) writes these files. Hosts that come and go are
         noticed while the source runs.
     type: str
@@ -95,17 +102,17 @@ options:
 EXAMPLES = r"""
 - name: disks
   dm_remap.storage.health:
-    hosts_directory: /etc/ansible/dm-remap/hosts
-    cursor_directory: /var/lib/ansible/dm-remap/cursors
+    hosts_directory: ~/.config/dm-remap/hosts
+    cursor_directory: ~/.local/state/dm-remap/cursors
     feedback: true
 
 - dm_remap.storage.health:
     hosts:
       - name: db1
         url: https://db1.example.org:9741
-        ca_file: /etc/ansible/dm-remap/hosts/db1.crt
-        token_file: /etc/ansible/dm-remap/hosts/db1.token
-    cursor_directory: /var/lib/ansible/dm-remap/cursors
+        ca_file: ~/.config/dm-remap/hosts/db1.ca
+        token_file: ~/.config/dm-remap/hosts/db1.token
+    cursor_directory: ~/.local/state/dm-remap/cursors
 """
 
 LOG = logging.getLogger(__name__)
@@ -191,8 +198,8 @@ def check_arguments(args: Mapping[str, Any]) -> Arguments:
         raise BadConfiguration("give cursor_directory")
     checked = Arguments(
         hosts=tuple(check_host(item) for item in hosts),
-        hosts_directory=Path(str(directory)) if directory else None,
-        cursor_directory=Path(str(args["cursor_directory"])),
+        hosts_directory=_path(str(directory)) if directory else None,
+        cursor_directory=_path(str(args["cursor_directory"])),
         start=start,
         feedback=args.get("eda_feedback_queue") is not None,
         **numbers,
@@ -215,6 +222,10 @@ def _number(args: Mapping[str, Any], name: str) -> int:
     return value
 
 
+def _path(text: str) -> Path:
+    return Path(os.path.expanduser(text))
+
+
 def check_host(item: Any) -> Host:
     """Return a host from a rulebook or a file.
 
@@ -228,13 +239,34 @@ def check_host(item: Any) -> Host:
         raise BadConfiguration(
             f"host {item.get('name', '')!r} needs exactly name, url, ca_file and token_file"
         )
-    host = Host(**item)
+    host = Host(
+        name=item["name"],
+        url=item["url"],
+        ca_file=str(_path(item["ca_file"])),
+        token_file=str(_path(item["token_file"])),
+    )
     if not _HOST_NAME.match(host.name):
         raise BadConfiguration(f"{host.name!r} is not a host name")
-    parts = urllib.parse.urlsplit(host.url)
-    if parts.scheme != "https" or not parts.hostname or parts.username or parts.query:
-        raise BadConfiguration(f"host {host.name}: url {host.url!r} is not https://NAME:PORT")
+    if not _is_address(host.url):
+        raise BadConfiguration(
+            f"host {host.name}: url {host.url!r} is not https://NAME:PORT or https://[IPV6]:PORT"
+        )
     return host
+
+
+def _is_address(url: str) -> bool:
+    try:
+        parts = urllib.parse.urlsplit(url)
+        # Asking for the port parses it: that of https://2001:db8::5:9741 is db8::5:9741.
+        return (
+            parts.scheme == "https"
+            and bool(parts.hostname)
+            and parts.port != 0
+            and parts.username is None
+            and not parts.query
+        )
+    except ValueError:
+        return False
 
 
 def all_hosts(arguments: Arguments) -> dict[str, Host]:
