@@ -12,12 +12,13 @@ options: {}
 attributes:
   action_group:
     description:
-      - Use C(group/dm_remap.storage.storage) in C(module_defaults) to set defaults for this module.
+      - Use C(group/dm_remap.storage.storage) in C(module_defaults) to set defaults for all modules
+        of the collection.
     support: full
     membership:
       - dm_remap.storage.storage
   platform:
-    description: The operating system of the managed host.
-    platforms: linux
+    description: Systems that the module runs on.
+    platforms: Linux
     support: full
 """

@@ -11,6 +11,8 @@ short_description: Report targets, their tables, spares and metadata
 version_added: 0.1.0
 author:
   - dm_remap.storage contributors (!UNKNOWN)
+extends_documentation_fragment:
+  - dm_remap.storage.attributes
 description:
   - Reports the active targets of a host with their main, spares, remapped chunks, lost sectors,
     metadata generation and device-mapper table.
@@ -29,10 +31,6 @@ attributes:
   idempotent:
     description: Never changes anything.
     support: full
-  platform:
-    description: Systems that the module runs on.
-    support: full
-    platforms: Linux
 seealso:
   - module: dm_remap.storage.target
   - module: dm_remap.storage.sectors
@@ -55,6 +53,173 @@ targets:
   returned: always
   type: list
   elements: dict
+  contains:
+    name:
+      description: Name of the target.
+      returned: always
+      type: str
+    device:
+      description: The device to mount and use.
+      returned: always
+      type: str
+    error:
+      description:
+        - Why the target cannot be described, for example because its metadata cannot be read.
+          Then the keys below are missing.
+        - If O(name) is given, the task fails instead.
+      returned: when the target cannot be described
+      type: str
+      sample: >-
+        /dev/mapper/data: is active without any spare; attach its spares and assemble it again
+    devno:
+      description: Device number, C(MAJOR:MINOR).
+      returned: unless there is an RV(targets[].error)
+      type: str
+      sample: "253:1"
+    uuid:
+      description: The target's own identity, in its metadata.
+      returned: unless there is an RV(targets[].error)
+      type: str
+      sample: 0b7c8d0e-0c5f-4f4e-9d55-2f0a5e9c1c11
+    generation:
+      description: Number of the state of the metadata; every change adds one.
+      returned: unless there is an RV(targets[].error)
+      type: int
+    sectors:
+      description: Size of the target in sectors of 512 bytes.
+      returned: unless there is an RV(targets[].error)
+      type: int
+    chunk_size:
+      description: The unit of remapping in bytes.
+      returned: unless there is an RV(targets[].error)
+      type: int
+    on_error:
+      description: What happens to an I/O that meets a bad sector.
+      returned: unless there is an RV(targets[].error)
+      type: str
+    main:
+      description: The protected device.
+      returned: unless there is an RV(targets[].error)
+      type: dict
+      contains:
+        path:
+          description: The device's path now, or null if it is not there.
+          type: str
+        devno:
+          description: Its device number now, or null if it is not there.
+          type: str
+        sectors:
+          description: Its size in sectors of 512 bytes, from the metadata.
+          type: int
+        logical_block:
+          description: Its logical block size in bytes, from the metadata.
+          type: int
+        physical_block:
+          description: Its physical block size in bytes, from the metadata.
+          type: int
+        serial:
+          description: Its serial number, from the metadata; empty if it has none.
+          type: str
+        wwn:
+          description: Its World Wide Name, from the metadata; empty if it has none.
+          type: str
+        model:
+          description: Its model, from the metadata; empty if it has none.
+          type: str
+    spares:
+      description: The spares that are there, by index.
+      returned: unless there is an RV(targets[].error)
+      type: list
+      elements: dict
+      contains:
+        index:
+          description: Position of the spare in the target's configuration, from 0.
+          type: int
+        path:
+          description: The device's path.
+          type: str
+        devno:
+          description: Its device number, C(MAJOR:MINOR).
+          type: str
+        uuid:
+          description: The spare's own identity, in the metadata.
+          type: str
+        serial:
+          description: Its serial number; empty if it has none.
+          type: str
+        wwn:
+          description: Its World Wide Name; empty if it has none.
+          type: str
+        model:
+          description: Its model; empty if it has none.
+          type: str
+        chunks:
+          description: Number of chunks that it can hold.
+          type: int
+        free_chunks:
+          description: Number of chunks that it can still take.
+          type: int
+        copies_damaged:
+          description: Whether some of its copies of the metadata are damaged or cannot be read.
+          type: bool
+        stale:
+          description: Whether its metadata is of an older generation than the target's.
+          type: bool
+    remapped_chunks:
+      description: Number of chunks that are on spares.
+      returned: unless there is an RV(targets[].error)
+      type: int
+    extents:
+      description: Runs of remapped chunks, all numbers in chunks.
+      returned: unless there is an RV(targets[].error)
+      type: list
+      elements: dict
+      contains:
+        logical:
+          description: First chunk of the run on the target.
+          type: int
+        length:
+          description: Number of chunks.
+          type: int
+        spare:
+          description: Index of the spare that holds them.
+          type: int
+        physical:
+          description: First chunk of the run on that spare.
+          type: int
+        flags:
+          description: No flag is defined yet.
+          type: int
+    lost:
+      description: Sectors of the target that no read could save when their chunk was remapped.
+      returned: unless there is an RV(targets[].error)
+      type: list
+      elements: dict
+      contains:
+        start:
+          description: First sector, in units of 512 bytes.
+          type: int
+        count:
+          description: Number of sectors.
+          type: int
+    interrupted:
+      description:
+        - Whether a remap is going on, or one broke off and its chunks are still held. The next
+          M(dm_remap.storage.target) or M(dm_remap.storage.sectors) task puts that right.
+      returned: unless there is an RV(targets[].error)
+      type: bool
+    table:
+      description:
+        - The device-mapper table, with C(main) and C(spareN) in place of device numbers. Numbers
+          are sectors of 512 bytes.
+      returned: unless there is an RV(targets[].error)
+      type: list
+      elements: str
+    warnings:
+      description: What is wrong with the copies of the metadata.
+      returned: unless there is an RV(targets[].error)
+      type: list
+      elements: str
   sample:
     - name: data
       device: /dev/mapper/data

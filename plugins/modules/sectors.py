@@ -11,6 +11,8 @@ short_description: Remap failing sectors of a target to a spare
 version_added: 0.1.0
 author:
   - dm_remap.storage contributors (!UNKNOWN)
+extends_documentation_fragment:
+  - dm_remap.storage.attributes
 description:
   - Moves every chunk that the given sectors touch from the main to a spare, while the target is in
     use. What can still be read is saved; sectors that no read could save are reported as lost.
@@ -69,10 +71,6 @@ attributes:
   idempotent:
     description: A second run with the same options plans nothing and changes nothing.
     support: full
-  platform:
-    description: Systems that the module runs on.
-    support: full
-    platforms: Linux
 seealso:
   - module: dm_remap.storage.target
   - module: dm_remap.storage.info
@@ -133,6 +131,13 @@ lost:
   returned: always
   type: list
   elements: dict
+  contains:
+    start:
+      description: First sector, in units of 512 bytes.
+      type: int
+    count:
+      description: Number of sectors.
+      type: int
   sample:
     - start: 123456
       count: 1
@@ -141,6 +146,39 @@ chunks:
   returned: always
   type: list
   elements: dict
+  contains:
+    chunk:
+      description: Number of the chunk on the target, from 0.
+      type: int
+    start:
+      description: Its first sector on the target, in units of 512 bytes.
+      type: int
+    count:
+      description: Number of its sectors.
+      type: int
+    spare:
+      description: Index of the spare that it is on now.
+      type: int
+    spare_chunk:
+      description: Number of the chunk on that spare, from 0.
+      type: int
+    recovered_first_read:
+      description: Number of sectors that the first read saved.
+      type: int
+    recovered_on_retry:
+      description: Number of sectors that a later read saved.
+      type: int
+    lost:
+      description: Sectors of the target that no read could save, in the form of RV(lost).
+      type: list
+      elements: dict
+      contains:
+        start:
+          description: First sector, in units of 512 bytes.
+          type: int
+        count:
+          description: Number of sectors.
+          type: int
   sample:
     - chunk: 964
       start: 123392

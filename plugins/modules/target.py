@@ -11,6 +11,8 @@ short_description: Create, activate and remove targets that redirect bad sectors
 version_added: 0.1.0
 author:
   - dm_remap.storage contributors (!UNKNOWN)
+extends_documentation_fragment:
+  - dm_remap.storage.attributes
 description:
   - A target C(/dev/mapper/NAME) stands in front of a main disk and is as large as it.
     Chunks of the main that go bad are redirected to spares, live and under any filesystem.
@@ -87,10 +89,6 @@ attributes:
   idempotent:
     description: A second run with the same options plans nothing and changes nothing.
     support: full
-  platform:
-    description: Systems that the module runs on.
-    support: full
-    platforms: Linux
 seealso:
   - module: dm_remap.storage.sectors
   - module: dm_remap.storage.info
@@ -134,7 +132,9 @@ actions:
       device: /dev/mapper/data
       main: /dev/sdb
 target:
-  description: The target after the task; empty while there is none.
+  description:
+    - The target after the task, or as it is in check mode; empty while there is none.
+    - The keys are those of RV(dm_remap.storage.info#module:targets).
   returned: always
   type: dict
   sample:
