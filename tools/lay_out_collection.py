@@ -19,21 +19,29 @@ ROOT = Path(__file__).resolve().parent.parent
 BUILD = ROOT / ".build"
 COPY = BUILD / "ansible_collections" / "dm_remap" / "storage"
 MANIFEST = BUILD / "laid-out-files"
-NOT_SOURCE = {".ansible", ".build", ".git", ".hypothesis", ".venv", "__pycache__", "output"}
 
 
 def source_files() -> list[str]:
-    """Return the project's files, relative to its root: by git, or all of an unpacked archive."""
+    """Return the project's files, relative to its root: what .gitignore does not leave out."""
+    git = ["git"]
     if (ROOT / ".git").exists():
-        command = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
-        listed = subprocess.run(command, cwd=ROOT, check=True, capture_output=True).stdout
-        names = os.fsdecode(listed).split("\0")
-        return sorted({name for name in names if name and os.path.lexists(ROOT / name)})
-    found = []
-    for directory, below, files in os.walk(ROOT):
-        below[:] = [name for name in below if name not in NOT_SOURCE]
-        found += [os.path.relpath(os.path.join(directory, name), ROOT) for name in files]
-    return sorted(found)
+        # Root may work in a clone that belongs to another user; git only lists files here.
+        git += ["-c", "safe.directory=*"]
+    else:
+        # An unpacked archive. The copy's repository has no commit, so every file counts as new.
+        make_repository()
+        git += [f"--git-dir={COPY / '.git'}", f"--work-tree={ROOT}"]
+    command = [*git, "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
+    listed = subprocess.run(command, cwd=ROOT, check=True, capture_output=True).stdout
+    names = os.fsdecode(listed).split("\0")
+    return sorted({name for name in names if name and os.path.lexists(ROOT / name)})
+
+
+def make_repository() -> None:
+    """Make the copy a git repository of its own, once."""
+    if not (COPY / ".git").exists():
+        COPY.mkdir(parents=True, exist_ok=True)
+        subprocess.run(["git", "init", "--quiet", str(COPY)], check=True)
 
 
 def is_same(source: Path, copy: Path) -> bool:
@@ -51,7 +59,7 @@ def is_same(source: Path, copy: Path) -> bool:
 
 def lay_out() -> None:
     """Make the copy equal to the sources; what tools left beside it stays."""
-    COPY.mkdir(parents=True, exist_ok=True)
+    make_repository()
     files = source_files()
     for name in files:
         source, copy = ROOT / name, COPY / name
@@ -65,8 +73,6 @@ def lay_out() -> None:
     for name in set(before) - set(files):
         (COPY / name).unlink(missing_ok=True)
     MANIFEST.write_text("\n".join(files) + "\n")
-    if not (COPY / ".git").exists():
-        subprocess.run(["git", "init", "--quiet", str(COPY)], check=True)
 
 
 def main() -> None:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import results
+import yaml
 from lay_out_collection import BUILD, COPY, ROOT
 
 CORE = "blockdev copies devmapper engine errors extents format mapping planner pool salvage".split()
@@ -32,6 +33,8 @@ def gates() -> list[Gate]:
     """Return the lint gates in the order in which they run."""
     python = sys.executable
     core = [f"plugins/module_utils/{name}.py" for name in CORE]
+    galaxy = yaml.safe_load((ROOT / "galaxy.yml").read_text())
+    artifact = "{namespace}-{name}-{version}.tar.gz".format(**galaxy)
     present = [path for path in core if (ROOT / path).exists()]
     return [
         Gate("ruff check", ["ruff", "check", "."]),
@@ -40,7 +43,9 @@ def gates() -> list[Gate]:
         Gate("yamllint", ["yamllint", "--strict", "."]),
         Gate("links", [python, "tools/check_links.py"]),
         Gate("dependencies", [python, "tools/check_dependencies.py"]),
-        Gate("reuse", ["reuse", "lint", "--lines"]),
+        # In the copy, because it is a git repository also where this is an unpacked archive, and
+        # reuse leaves out what git ignores.
+        Gate("reuse", ["reuse", "lint", "--lines"], COPY),
         Gate("changelog", ["antsibull-changelog", "lint"], COPY),
         Gate(
             "plugin docs",
@@ -53,6 +58,7 @@ def gates() -> list[Gate]:
             ["ansible-galaxy", "collection", "build", "--force", "--output-path", str(BUILD), "."],
             COPY,
         ),
+        Gate("artifact's links", [python, "tools/check_links.py", str(BUILD / artifact)]),
     ]
 
 

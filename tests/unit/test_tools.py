@@ -5,7 +5,12 @@
 
 from __future__ import annotations
 
+import os
+import re
+import shutil
+import subprocess
 import sys
+import tarfile
 from pathlib import Path
 
 import pytest
@@ -18,6 +23,7 @@ import results
 import run_molecule
 import sanity
 
+ROOT = Path(__file__).resolve().parents[2]
 PYTHON = sys.executable
 
 
@@ -107,20 +113,59 @@ def test_molecule_without_a_report_shows_its_own_outcome(status: int) -> None:
         ("[a]: missing.md", 1),
     ],
 )
-def test_links(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str, broken: int) -> None:
-    monkeypatch.setattr(check_links, "ROOT", tmp_path)
+def test_links(tmp_path: Path, text: str, broken: int) -> None:
     (tmp_path / "there.md").write_text("# There\n\n## The `words` it has\n")
     page = tmp_path / "page.md"
     page.write_text(text)
-    assert len(check_links.broken_links(page)) == broken
+    assert len(check_links.broken_links(page, tmp_path)) == broken
 
 
-def test_the_copy_follows_the_sources(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    root, copy = tmp_path / "root", tmp_path / "root" / ".build" / "copy"
-    root.mkdir()
+@pytest.mark.parametrize(("shipped", "status"), [(["page.md", "there.md"], 0), (["page.md"], 1)])
+def test_links_to_what_does_not_ship(tmp_path: Path, shipped: list[str], status: int) -> None:
+    (tmp_path / "there.md").touch()
+    (tmp_path / "page.md").write_text("[a](there.md)")
+    with tarfile.open(tmp_path / "artifact", "w") as artifact:
+        for name in shipped:
+            artifact.add(tmp_path / name, name)
+    assert check_links.main([str(tmp_path / "artifact")]) == status
+
+
+@pytest.fixture
+def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A project without git, with what the tools leave in it."""
+    root = tmp_path / "root"
+    (root / ".build").mkdir(parents=True)
     monkeypatch.setattr(lay_out_collection, "ROOT", root)
-    monkeypatch.setattr(lay_out_collection, "COPY", copy)
+    monkeypatch.setattr(lay_out_collection, "COPY", root / ".build" / "copy")
     monkeypatch.setattr(lay_out_collection, "MANIFEST", root / ".build" / "manifest")
+    shutil.copy(ROOT / ".gitignore", root)
+    for name in (".hypothesis", ".mypy_cache", ".pytest_cache", ".ruff_cache", "tests/output"):
+        (root / name).mkdir(parents=True)
+        (root / name / "left").touch()
+    # A link, as for a second clone that uses the first one's.
+    (root / ".venv").symlink_to(tmp_path)
+    return root
+
+
+def test_an_unpacked_archive_is_all_source(root: Path) -> None:
+    (root / "below").mkdir()
+    (root / "below" / "file").touch()
+    assert lay_out_collection.source_files() == [".gitignore", "below/file"]
+
+
+def test_a_clone_of_another_user_can_be_laid_out(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    subprocess.run(["git", "init", "--quiet", str(root)], check=True)
+    # Git's own tests play another owner in this way.
+    monkeypatch.setenv("GIT_TEST_ASSUME_DIFFERENT_OWNER", "1")
+    refused = subprocess.run(["git", "ls-files"], cwd=root, capture_output=True, check=False)
+    assert b"dubious ownership" in refused.stderr
+    assert lay_out_collection.source_files() == [".gitignore"]
+
+
+def test_the_copy_follows_the_sources(root: Path) -> None:
+    copy = root / ".build" / "copy"
     (root / "kept").write_text("old")
     (root / "dropped").write_text("gone soon")
     lay_out_collection.lay_out()
@@ -128,5 +173,52 @@ def test_the_copy_follows_the_sources(tmp_path: Path, monkeypatch: pytest.Monkey
     (root / "kept").write_text("newer")
     (root / "dropped").unlink()
     lay_out_collection.lay_out()
-    assert {path.name for path in copy.iterdir()} == {"kept", "left by a tool", ".git"}
+    laid_out = {"kept", "left by a tool", ".git", ".gitignore"}
+    assert {path.name for path in copy.iterdir()} == laid_out
     assert (copy / "kept").read_text() == "newer"
+
+
+GROUPS = {path.stem.partition("-")[2]: path for path in ROOT.glob("requirements/debian-*.txt")}
+STUBS = {
+    "ldconfig": "echo '\tlibmagic.so.1 (libc6,x86-64) => /lib/libmagic.so.1'",
+    # The packages' names tell nothing.
+    "dpkg-query": "exit 1",
+    "apt-get": 'echo "apt-get $*"',
+    "sudo": 'exec "$@"',
+    **dict.fromkeys(
+        "git mmdebstrap mke2fs ssh qemu-system-x86_64 qemu-img newuidmap shellcheck".split(), ""
+    ),
+}
+
+
+def install_packages(folder: Path, *groups: str, **changed: str) -> str:
+    """Run the tool on a machine whose programs are stubs; returns what apt-get was asked for."""
+    folder.mkdir()
+    for name, script in {**STUBS, **changed}.items():
+        (folder / name).write_text(f"#!/bin/bash\n{script}\n")
+        (folder / name).chmod(0o755)
+    environment = {**os.environ, "PATH": f"{folder}{os.pathsep}{os.environ['PATH']}"}
+    ran = subprocess.run(
+        [ROOT / "tools" / "install_packages", *groups],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert ran.returncode == 0, ran.stderr
+    return "\n".join(re.findall("apt-get install.*", ran.stdout))
+
+
+@pytest.mark.parametrize("group", ["python", "lint"])
+def test_what_is_there_under_another_name_is_not_installed(tmp_path: Path, group: str) -> None:
+    assert install_packages(tmp_path / "bin", group) == ""
+
+
+def test_what_is_missing_is_installed_by_its_name(tmp_path: Path) -> None:
+    asked = install_packages(tmp_path / "bin", "python", ldconfig="")
+    assert asked.split()[-1] == "libmagic1"
+    assert "git" not in asked
+
+
+def test_every_package_is_known(tmp_path: Path) -> None:
+    install_packages(tmp_path / "bin", *GROUPS)
