@@ -24,10 +24,7 @@ MANIFEST = BUILD / "laid-out-files"
 def source_files() -> list[str]:
     """Return the project's files, relative to its root: what .gitignore does not leave out."""
     git = ["git"]
-    if (ROOT / ".git").exists():
-        # Root may work in a clone that belongs to another user; git only lists files here.
-        git += ["-c", "safe.directory=*"]
-    else:
+    if not (ROOT / ".git").exists():
         # An unpacked archive. The copy's repository has no commit, so every file counts as new.
         make_repository()
         git += [f"--git-dir={COPY / '.git'}", f"--work-tree={ROOT}"]
