@@ -14,6 +14,7 @@ import yaml
 
 from dm_remap.engine import RemappedChunk, RemapReport
 from dm_remap.format import Extent, LostRange
+from dm_remap.planner import Plan
 from dm_remap.report import describe_remap, describe_target
 from tests.unit.test_planner import active, created
 
@@ -60,7 +61,8 @@ def test_every_key_of_a_remap_is_documented() -> None:
     documented = text("sectors", "RETURN")
     del documented["actions"]
     chunk = RemappedChunk(3, 384, 128, 0, 7, 120, 5, [(390, 2)])
-    check_keys(documented, describe_remap(RemapReport(4, [chunk])), "sectors")
+    report = RemapReport(Plan("data", after={"generation": 4}), [chunk])
+    check_keys(documented, describe_remap(report), "sectors")
 
 
 @pytest.mark.parametrize("module", MODULES)
