@@ -23,13 +23,17 @@ MANIFEST = BUILD / "laid-out-files"
 
 def source_files() -> list[str]:
     """Return the project's files, relative to its root: what .gitignore does not leave out."""
-    git = ["git"]
+    command = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
+    environment = dict(os.environ)
     if not (ROOT / ".git").exists():
-        # An unpacked archive. The copy's repository has no commit, so every file counts as new.
+        # An unpacked archive: the copy's repository, without its index, knows no file yet.
         make_repository()
-        git += [f"--git-dir={COPY / '.git'}", f"--work-tree={ROOT}"]
-    command = [*git, "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
-    listed = subprocess.run(command, cwd=ROOT, check=True, capture_output=True).stdout
+        environment["GIT_DIR"] = str(COPY / ".git")
+        environment["GIT_WORK_TREE"] = str(ROOT)
+        environment["GIT_INDEX_FILE"] = str(BUILD / "no-index")
+    listed = subprocess.run(
+        command, cwd=ROOT, env=environment, check=True, capture_output=True
+    ).stdout
     names = os.fsdecode(listed).split("\0")
     return sorted({name for name in names if name and os.path.lexists(ROOT / name)})
 
@@ -70,6 +74,8 @@ def lay_out() -> None:
     for name in set(before) - set(files):
         (COPY / name).unlink(missing_ok=True)
     MANIFEST.write_text("\n".join(files) + "\n")
+    # In a folder without any known file git does not name the ignored ones, which reuse asks for.
+    subprocess.run(["git", "-C", str(COPY), "add", "--all"], check=True)
 
 
 def main() -> None:

@@ -184,6 +184,20 @@ def test_the_copy_follows_the_sources(root: Path) -> None:
     assert (copy / "kept").read_text() == "newer"
 
 
+def test_what_the_tests_leave_in_the_copy_is_ignored_there(root: Path) -> None:
+    (root / "tests" / "test").touch()
+    lay_out_collection.lay_out()
+    copy = root / ".build" / "copy"
+    (copy / "tests" / "output").mkdir()
+    (copy / "tests" / "output" / "left").touch()
+    # As reuse asks.
+    command = "git ls-files --exclude-standard --ignored --others --directory --no-empty-directory"
+    ignored = subprocess.run(command.split(), cwd=copy, check=True, capture_output=True, text=True)
+    assert ignored.stdout.split() == ["tests/output/"]
+    # The copy's own list does not hide what an archive has.
+    assert lay_out_collection.source_files() == [".gitignore", "tests/test"]
+
+
 GROUPS = {path.stem.partition("-")[2]: path for path in ROOT.glob("requirements/debian-*.txt")}
 STUBS = {
     "ldconfig": "echo '\tlibmagic.so.1 (libc6,x86-64) => /lib/libmagic.so.1'",
