@@ -261,7 +261,8 @@ def test_what_another_boot_left_is_kept_apart(path):
     old.close()
     journal = Journal(path, ORIGIN)
     journal.observe([failure(8, "write")])
-    assert len(journal.pending()) == len(journal.stale()) == 1
+    assert len(journal.pending()) == len(journal.pending("8:16")) == len(journal.stale()) == 1
+    assert journal.pending("8:32") == []
     assert journal.append([draft()], journal.stale())[1] == 1
     assert (places(journal), journal.stale()) == ([(8, 1)], [])
     journal.close()
