@@ -5,17 +5,30 @@
 
 from __future__ import annotations
 
+import asyncio
 import hmac
 import json
+import logging
+import socket
 import ssl
+import weakref
 from typing import Any, Protocol
 
 from .errors import DmRemapError
 from .journal import Page
-from .settings import Settings, check_private
+from .settings import Settings, check_key
 
 MAX_WAIT_SECONDS = 60
 MAX_EVENTS = 1000
+# Far below what the service may open (LimitNOFILE), which the daemon needs for disks and tracefs.
+MAX_CONNECTIONS = 64
+
+_HANDSHAKE_SECONDS = 5.0
+# A connection that has not shown the token by then makes room for others.
+_TOKEN_SECONDS = 10
+_ACCEPT_RETRY_SECONDS = 1.0
+
+log = logging.getLogger("dm-remapd")
 
 
 class Source(Protocol):
@@ -24,7 +37,11 @@ class Source(Protocol):
     journal_id: str
 
     async def page(self, after: int, limit: int, wait: float) -> Page:
-        """Return events after a cursor, waiting up to `wait` seconds for the first one."""
+        """Return events after a cursor, waiting up to `wait` seconds for the first one.
+
+        Raises:
+            DmRemapError: the journal cannot be read.
+        """
 
     def health(self) -> dict[str, Any]:
         """Return the state; `status` is `ok` when errors are seen and explained."""
@@ -44,6 +61,11 @@ class Server:
         self._settings = settings
         self._token = token.encode("ascii")
         self._runner: Any = None
+        self._tls: Any = None
+        self._listeners: list[socket.socket] = []
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._handshakes = 0
+        self._trusted: weakref.WeakSet[Any] = weakref.WeakSet()
         self.port = settings.port
 
     async def start(self) -> None:
@@ -54,6 +76,7 @@ class Server:
         """
         from aiohttp import web
 
+        self._tls = self._context()
         application = web.Application(middlewares=[self._guard()], client_max_size=1024)
         application.router.add_get("/v1/events", self._events)
         application.router.add_get("/v1/health", self._health)
@@ -61,11 +84,8 @@ class Server:
         # Without an access log no request's details can reach a log.
         self._runner = web.AppRunner(application, access_log=None)
         await self._runner.setup()
-        site = web.TCPSite(
-            self._runner, self._settings.address, self._settings.port, ssl_context=self._tls()
-        )
         try:
-            await site.start()
+            await self._listen()
         except OSError as error:
             await self.stop()
             raise DmRemapError(
@@ -73,16 +93,81 @@ class Server:
                 device=f"{self._settings.address} port {self._settings.port}",
                 remedy="choose another address or port in daemon.json",
             ) from error
-        self.port = self._runner.addresses[0][1]
+        self.port = self._listeners[0].getsockname()[1]
+        for listener in self._listeners:
+            self._begin(self._accept(listener))
 
     async def stop(self) -> None:
         """Close all connections and stop listening."""
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        for listener in self._listeners:
+            listener.close()
+        self._listeners.clear()
         if self._runner is not None:
             await self._runner.cleanup()
             self._runner = None
 
-    def _tls(self) -> ssl.SSLContext:
-        check_private(self._settings.key)
+    async def _listen(self) -> None:
+        found = await asyncio.get_running_loop().getaddrinfo(
+            self._settings.address,
+            self._settings.port,
+            type=socket.SOCK_STREAM,
+            flags=socket.AI_PASSIVE,
+        )
+        for family, address in dict.fromkeys((item[0], item[4]) for item in found):
+            listener = socket.socket(family, socket.SOCK_STREAM)
+            self._listeners.append(listener)
+            listener.setblocking(False)
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            if family == socket.AF_INET6:
+                listener.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+            listener.bind(address)
+            listener.listen()
+
+    # asyncio's own server knows no limit, and a client needs no token to hold a connection.
+    async def _accept(self, listener: socket.socket) -> None:
+        loop = asyncio.get_running_loop()
+        while True:
+            try:
+                link, _unused = await loop.sock_accept(listener)
+            except OSError as error:
+                log.error("a connection cannot be accepted: %s", error.strerror)
+                await asyncio.sleep(_ACCEPT_RETRY_SECONDS)
+                continue
+            if self._handshakes + len(self._runner.server.connections) < MAX_CONNECTIONS:
+                self._handshakes += 1
+                self._begin(self._greet(link))
+            else:
+                link.close()
+
+    async def _greet(self, link: socket.socket) -> None:
+        loop = asyncio.get_running_loop()
+        try:
+            transport, _unused = await loop.connect_accepted_socket(
+                self._runner.server,
+                link,
+                ssl=self._tls,
+                ssl_handshake_timeout=_HANDSHAKE_SECONDS,
+            )
+        except (OSError, asyncio.TimeoutError):
+            return
+        finally:
+            self._handshakes -= 1
+        for _unused in range(_TOKEN_SECONDS):
+            await asyncio.sleep(1)
+            if transport in self._trusted or transport.is_closing():
+                return
+        transport.abort()
+
+    def _begin(self, work: Any) -> None:
+        task = asyncio.ensure_future(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    def _context(self) -> ssl.SSLContext:
+        check_key(self._settings)
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
         context.minimum_version = ssl.TLSVersion.TLSv1_2
         try:
@@ -91,7 +176,7 @@ class Server:
             raise DmRemapError(
                 f"cannot be used as certificate: {error}",
                 device=self._settings.certificate,
-                remedy="run dm-remapd credentials",
+                remedy=self._settings.remedy,
             ) from error
         return context
 
@@ -108,6 +193,8 @@ class Server:
                     status=401,
                     headers={"WWW-Authenticate": "Bearer"},
                 )
+            if request.transport is not None:
+                self._trusted.add(request.transport)
             response = await handler(request)
             response.headers["Cache-Control"] = "no-store"
             return response
@@ -123,7 +210,10 @@ class Server:
             wait = _number(request, "wait", 0, 0, MAX_WAIT_SECONDS)
         except ValueError as error:
             return web.json_response({"error": str(error)}, status=400)
-        page = await self._source.page(after, limit, wait)
+        try:
+            page = await self._source.page(after, limit, wait)
+        except DmRemapError as error:
+            return web.json_response({"error": str(error)}, status=503)
         return web.json_response(
             {
                 "journal": self._source.journal_id,
@@ -170,7 +260,7 @@ _COUNTERS = {
     "merged": "Failed requests that told nothing new",
 }
 _GAUGES = {
-    "waiting": "Failed requests that no event explains yet",
+    "waiting": "Failed requests, identical ones as one, that no event explains yet",
     "newest": "Number of the newest event",
     "targets": "Targets that are watched",
 }

@@ -13,6 +13,7 @@ import argparse
 import asyncio
 import collections
 import contextlib
+import errno
 import json
 import logging
 import os
@@ -21,30 +22,31 @@ import socket
 import sqlite3
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Callable
 
 from . import api, credentials, events, settings
 from .blockdev import SECTOR_BYTES, BlockDevice, node_of
 from .errors import DmRemapError, MissingKernelFeature
-from .events import Draft, Origin, local_origin
+from .events import Draft, Origin, counted, local_origin
 from .inventory import Guarded, backed_up_generation, guarded_targets
-from .journal import Journal, Observation, Page
+from .journal import DamagedJournal, Journal, Observation, Page, failure, move_aside
 from .probing import DeviceState, Readable, device_state, kernel_name, physical_block
 from .threads import Worker
 from .tracing import READ, BlockError, TraceInstance, parse_lines
-from .watching import Answer, Patience, Question, Watcher, ask
+from .watching import PROBE_ERRORS, Answer, Finding, Patience, Question, Watcher, ask, concerns
 
 TARGET_UUID_PREFIX = "DMREMAP-"
 BACKUP_FOLDER = "backup"
 
 _TICK_SECONDS = 1.0
-_CHECK_EVERY_TICKS = 10
+_CHECK_SECONDS = 10.0
 _RETRY_SECONDS = 5.0
 _DEVICE_MAPPER_SECONDS = 10.0
 _STUCK_SECONDS = 10.0
 # Room for a burst of old events when the daemon starts, to know what was reported.
 _RECENT_EVENTS = 1000
+_JOURNAL_ERRORS = (sqlite3.Error, OSError)
 
 log = logging.getLogger("dm-remapd")
 
@@ -115,25 +117,38 @@ class Daemon:
         self._journal_thread = Worker("journal")
         self._table_thread = Worker("device-mapper")
         self._disk_threads: dict[str, Worker] = {}
-        self._waiting: dict[str, list[Observation]] = collections.defaultdict(list)
+        self._dirty: set[str] = set()
+        self._waiting = 0
         self._tasks: dict[str, asyncio.Task[None]] = {}
         self._troubles: dict[str, str] = {}
         self._counts: collections.Counter[str] = collections.Counter()
         self._written: collections.Counter[str] = collections.Counter()
         self._targets: list[Guarded] = []
         self._newest = 0
+        self._blind_told = ""
         self._stopping = False
+        self._server: api.Server | None = None
         self._journal: Any = None
         self.journal_id = ""
+        self.port = configuration.port
 
     # What the interface shows
 
     async def page(self, after: int, limit: int, wait: float) -> Page:
-        """Return events after a cursor, waiting up to `wait` seconds for the first one."""
+        """Return events after a cursor, waiting up to `wait` seconds for the first one.
+
+        Raises:
+            DmRemapError: the journal cannot be read.
+        """
         deadline = self._clock() + wait
         while True:
             news = self._news
-            page: Page = await self._journal_thread.call(self._journal.read, after, limit)
+            if self._journal is None:
+                raise DmRemapError(self._troubles.get("journal", "the journal is not open yet"))
+            try:
+                page: Page = await self._journal_thread.call(self._journal.read, after, limit)
+            except (*_JOURNAL_ERRORS, ValueError) as error:
+                raise failure(self._settings.journal, error) from error
             left = deadline - self._clock()
             # A cursor from the future is of another journal; its owner must know at once.
             if page.events or after > page.newest or left <= 0 or self._stopping:
@@ -153,7 +168,7 @@ class Daemon:
             "troubles": dict(sorted(troubles.items())),
             "targets": len(self._targets),
             "newest": self._newest,
-            "waiting": sum(len(items) for items in self._waiting.values()),
+            "waiting": self._waiting,
             "errors": self._counts["errors"],
             "bios": self._counts["bios"],
             "overruns": self._counts["overruns"],
@@ -172,58 +187,91 @@ class Daemon:
         """
         self._news: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._wake = asyncio.Event()
-        self._journal = await self._journal_thread.call(self._open_journal)
-        self.journal_id = str(self._journal.id)
-        await self._recall()
-        drafts = [Draft(events.STARTED, f"dm-remapd watches {self._origin.host}")]
-        await self._write(drafts, [])
-        for observation in await self._journal_thread.call(self._journal.pending):
-            self._dispatch([observation])
-        await self._check()
-        server = None
+        self._stop = stop
+        self._stopped = asyncio.ensure_future(stop.wait())
         try:
-            server = await self._serve()
-            ready()
-            await self._watch(stop)
+            # From now on the kernel keeps errors, even if there is no journal for them yet.
+            self._open_trace()
+            await self._listen()
+            while not await self._begin() and not stop.is_set():
+                ready()
+                await self._pause()
+                await self._listen()
+            if not stop.is_set():
+                await self._check()
+                ready()
+                await self._watch()
         finally:
             self._stopping = True
             self._tell()
-            if server is not None:
-                await server.stop()
+            if self._server is not None:
+                await self._server.stop()
             await self._close()
 
-    async def _serve(self) -> api.Server:
-        token = settings.read_secret(self._settings.token_file)
-        server = api.Server(self, self._settings, token)
-        await server.start()
-        self.port = server.port
-        return server
+    async def _pause(self) -> None:
+        """Wait before something is tried again, but not when the daemon is to stop."""
+        await asyncio.wait({self._stopped}, timeout=_RETRY_SECONDS)
 
-    def _open_journal(self) -> Journal:
-        os.makedirs(self._settings.state_directory, mode=0o700, exist_ok=True)
-        path = self._settings.journal
-
-        def open_it() -> Journal:
-            return Journal(path, self._origin, self._settings.keep_events)
-
+    async def _listen(self) -> None:
+        """Offer the interface, unless it is; what is in the way is a trouble, and no end."""
+        if self._server is not None:
+            return
         try:
-            return open_it()
-        except DmRemapError as error:
+            token = settings.read_token(self._settings)
+            server = api.Server(self, self._settings, token)
+            await server.start()
+        except (DmRemapError, OSError, ImportError) as error:
+            if self._troubles.get("listening") != str(error):
+                log.critical("nobody can read the events: %s", error)
+            self._troubles["listening"] = str(error)
+        else:
+            self._server, self.port = server, server.port
+            self._troubles.pop("listening", None)
+
+    # Start of the journal
+
+    async def _begin(self) -> bool:
+        """Open the journal, take up what it holds and tell the start; False if that failed."""
+        try:
+            if self._journal is None:
+                journal, page = await self._journal_thread.call(self._open_journal)
+                self._recall(page)
+                self._newest, self.journal_id = page.newest, str(journal.id)
+                self._journal = journal
+            stale = await self._journal_thread.call(self._journal.stale)
+            pending = await self._journal_thread.call(self._journal.pending)
+            started = Draft(events.STARTED, f"dm-remapd watches {self._origin.host}")
+            await self._write([*_forgotten(stale), started], stale)
+        except (DmRemapError, *_JOURNAL_ERRORS) as error:
+            self._journal_failed(error)
+            return False
+        self._dispatch(item.error.devno for item in pending)
+        return True
+
+    def _open_journal(self) -> tuple[Journal, Page]:
+        os.makedirs(self._settings.state_directory, mode=0o700, exist_ok=True)
+        try:
+            return self._read_journal()
+        except DamagedJournal as error:
             # Seeing errors matters more than the old events; the new journal has another id, so
             # that consumers know that their cursors mean nothing any more.
-            aside = f"{path}.damaged-{time.time_ns()}"
-            log.critical("%s; it is now %s and a new one was begun", error, aside)
-            os.replace(path, aside)
-            for suffix in ("-wal", "-shm"):
-                with contextlib.suppress(FileNotFoundError):
-                    os.unlink(path + suffix)
-            return open_it()
+            aside = f"{self._settings.journal}.damaged-{time.time_ns()}"
+            log.critical("%s; it is now %s and a new one was begun", error.message, aside)
+            move_aside(self._settings.journal, aside)
+            return self._read_journal()
 
-    async def _recall(self) -> None:
+    def _read_journal(self) -> tuple[Journal, Page]:
+        """Open the journal and return it with its newest events."""
+        path = self._settings.journal
+        journal = Journal(path, self._origin, self._settings.keep_events)
+        try:
+            return journal, journal.read(max(0, journal.newest() - _RECENT_EVENTS), _RECENT_EVENTS)
+        except (sqlite3.Error, ValueError) as error:
+            journal.close()
+            raise failure(path, error) from error
+
+    def _recall(self, page: Page) -> None:
         """Remember what was reported a short while ago, so that a restart repeats nothing."""
-        self._newest = await self._journal_thread.call(self._journal.newest)
-        first = max(0, self._newest - _RECENT_EVENTS)
-        page = await self._journal_thread.call(self._journal.read, first, _RECENT_EVENTS)
         horizon = events.rfc3339(time.time_ns() - int(self._patience.again * 1e9))
         for event in page.events:
             if event["type"] == events.SECTOR_ERROR and event["time"] >= horizon:
@@ -231,14 +279,14 @@ class Daemon:
                 self._watcher.remember(event["target"], event["operation"], sectors)
 
     async def _close(self) -> None:
-        with contextlib.suppress(RuntimeError, OSError, ValueError):
-            asyncio.get_running_loop().remove_reader(self._reader)
+        self._stopped.cancel()
         self._trace.close()
         for task in self._tasks.values():
             task.cancel()
         await asyncio.gather(*self._tasks.values(), return_exceptions=True)
-        with contextlib.suppress(asyncio.TimeoutError):
-            await asyncio.wait_for(self._journal_thread.call(self._journal.close), 5)
+        if self._journal is not None:
+            with contextlib.suppress(asyncio.TimeoutError):
+                await asyncio.wait_for(self._journal_thread.call(self._journal.close), 5)
         for worker in (self._journal_thread, self._table_thread, *self._disk_threads.values()):
             worker.stop()
 
@@ -253,64 +301,72 @@ class Daemon:
             self._troubles["tracing"] = str(error)
             return
         self._troubles.pop("tracing", None)
-        asyncio.get_running_loop().add_reader(self._reader, self._wake.set)
 
-    async def _watch(self, stop: asyncio.Event) -> None:
-        stopped = asyncio.ensure_future(stop.wait())
-        ticks = 0
+    async def _watch(self) -> None:
+        due = self._clock() + _CHECK_SECONDS
+        while not self._stop.is_set():
+            if await self._drain():
+                await asyncio.sleep(0)
+            else:
+                await self._wait_for_trace()
+            if self._clock() >= due:
+                await self._check()
+                due = self._clock() + _CHECK_SECONDS
+
+    async def _wait_for_trace(self) -> None:
+        loop = asyncio.get_running_loop()
+        self._wake.clear()
+        woken = asyncio.ensure_future(self._wake.wait())
+        # Only while it waits: a buffer that is not empty would wake the loop all the time.
+        if self._reader >= 0:
+            loop.add_reader(self._reader, self._wake.set)
         try:
-            while not stop.is_set():
-                woken = asyncio.ensure_future(self._wake.wait())
-                try:
-                    done, _unused = await asyncio.wait(
-                        {woken, stopped},
-                        timeout=_TICK_SECONDS,
-                        return_when=asyncio.FIRST_COMPLETED,
-                    )
-                finally:
-                    woken.cancel()
-                # The buffer is looked at on each tick too, should a wake-up get lost.
-                await self._drain()
-                if not done:
-                    ticks += 1
-                    if ticks % _CHECK_EVERY_TICKS == 0:
-                        await self._check()
+            # The buffer is looked at on each tick too, should a wake-up get lost.
+            await asyncio.wait(
+                {woken, self._stopped},
+                timeout=_TICK_SECONDS,
+                return_when=asyncio.FIRST_COMPLETED,
+            )
         finally:
-            stopped.cancel()
+            woken.cancel()
+            if self._reader >= 0:
+                loop.remove_reader(self._reader)
 
-    async def _drain(self) -> None:
-        """Empty the trace buffer. Each batch is in the journal before the next one is read."""
-        while self._reader >= 0 and not self._stopping:
-            self._wake.clear()
-            try:
-                lines = self._trace.read()
-            except OSError as error:
-                self._lose_trace(f"the trace cannot be read: {error.strerror}")
-                return
-            if not lines:
-                return
-            errors, lost = parse_lines(lines)
-            for failed in errors:
-                self._counts["errors" if failed.request else "bios"] += 1
-            if errors:
-                self._dispatch(await self._record(errors))
-            if lost:
-                await self._check_overruns()
+    async def _drain(self) -> bool:
+        """Put a part of the trace buffer into the journal; returns False when it was empty."""
+        if self._reader < 0:
+            return False
+        try:
+            lines = self._trace.read()
+        except OSError as error:
+            self._lose_trace(f"the trace cannot be read: {error.strerror}")
+            return False
+        errors, lost = parse_lines(lines)
+        for failed in errors:
+            self._counts["errors" if failed.request else "bios"] += 1
+        if errors:
+            await self._record(errors)
+        if lost:
+            await self._check_overruns()
+        return bool(lines)
 
-    async def _record(self, errors: Sequence[BlockError]) -> list[Observation]:
+    async def _record(self, errors: Sequence[BlockError]) -> None:
         while True:
             try:
-                found: list[Observation] = await self._journal_thread.call(
-                    self._journal.observe, errors
-                )
-            except (sqlite3.Error, OSError) as error:
+                self._waiting = await self._journal_thread.call(self._journal.observe, errors)
+            except _JOURNAL_ERRORS as error:
                 # The kernel's buffer holds what comes next until the journal works again.
-                self._troubles["journal"] = f"{self._settings.journal}: {error}"
-                log.error("journal: %s", error)
-                await asyncio.sleep(_RETRY_SECONDS)
+                self._journal_failed(error)
             else:
                 self._troubles.pop("journal", None)
-                return found
+                self._dispatch(error.devno for error in errors)
+                return
+            if self._stop.is_set():
+                # Nothing but the log is left to keep them.
+                for failed in dict.fromkeys(errors):
+                    log.critical("not in the journal: %s", failed)
+                return
+            await self._pause()
 
     async def _check_overruns(self) -> None:
         """Tell what the kernel overwrote before it was read, also while no daemon ran."""
@@ -318,86 +374,114 @@ class Daemon:
             total = self._trace.overruns()
         except OSError:
             return  # the instance is gone, which the next check repairs
-        boot, _unused, told = (await self._remembered("overruns")).partition(" ")
-        known = int(told) if boot == self._origin.boot_id else 0
-        # A smaller number means that the instance was made anew.
-        lost = total - known if total >= known else total
-        if total == known:
-            return
-        if lost:
+        try:
+            note = await self._journal_thread.call(self._journal.note, "overruns")
+            boot, _unused, told = note.partition(" ")
+            known = int(told) if boot == self._origin.boot_id else 0
+            if total == known:
+                return
+            # A smaller number means that the instance was made anew.
+            lost = total - known if total >= known else total
+            dropped = f"the kernel dropped {counted(lost, 'trace entry', 'trace entries')}"
+            drafts = [Draft(events.OVERRUN, f"{dropped}; errors may have gone unseen")]
+            await self._write(
+                drafts if lost else [], notes={"overruns": f"{self._origin.boot_id} {total}"}
+            )
+        except _JOURNAL_ERRORS as error:
+            self._journal_failed(error)
+        else:
             self._counts["overruns"] += lost
-            message = f"the kernel dropped {lost} trace entries; errors may have gone unseen"
-            await self._write([Draft(events.OVERRUN, message)], [])
-        value = f"{self._origin.boot_id} {total}"
-        await self._journal_thread.call(self._journal.remember, "overruns", value)
-
-    async def _remembered(self, name: str) -> str:
-        found: str = await self._journal_thread.call(self._journal.note, name)
-        return found
 
     async def _check(self) -> None:
-        """Look after the trace and the list of targets."""
-        before = self._troubles.get("tracing")
+        """Look after the trace, the journal, the interface and the list of targets."""
         if self._reader >= 0 and not self._trace.active():
             self._lose_trace("tracing was switched off")
         if self._reader < 0:
             self._open_trace()
         if self._reader >= 0:
             await self._check_overruns()
-        now = self._troubles.get("tracing")
-        if now and now != before:
-            log.critical("blind: %s", now)
-            await self._write([Draft(events.BLIND, f"block errors are not seen: {now}")], [])
+        await self._check_blindness()
+        if "journal" in self._troubles:
+            # Nothing else may be there to write, and only a write shows that the trouble is over.
+            await self._try_to_write(notes={"trouble": self._troubles["journal"]})
+        await self._listen()
         await self._refresh()
 
+    async def _check_blindness(self) -> None:
+        reason = self._troubles.get("tracing", "")
+        if reason and reason != self._blind_told:
+            log.critical("blind: %s", reason)
+            draft = Draft(events.BLIND, f"block errors are not seen: {reason}")
+            if not await self._try_to_write([draft]):
+                return
+        self._blind_told = reason
+
     def _lose_trace(self, reason: str) -> None:
-        asyncio.get_running_loop().remove_reader(self._reader)
         self._trace.close()
         self._reader = -1
         self._troubles["tracing"] = reason
 
     # Explaining
 
-    def _dispatch(self, observations: Sequence[Observation]) -> None:
-        for item in observations:
-            self._waiting[item.error.devno].append(item)
-        for devno in {item.error.devno for item in observations}:
+    def _dispatch(self, devices: Iterable[str]) -> None:
+        """See that what waits of some devices is explained."""
+        for devno in set(devices):
+            self._dirty.add(devno)
             task = self._tasks.get(devno)
             if task is None or task.done():
                 self._tasks[devno] = asyncio.ensure_future(self._explain_all(devno))
 
     async def _explain_all(self, devno: str) -> None:
-        while self._waiting[devno] and not self._stopping:
+        trouble = f"device {devno}"
+        while devno in self._dirty and not self._stop.is_set():
+            self._dirty.discard(devno)
             await asyncio.sleep(self._settings.burst_seconds)
-            batch = self._waiting.pop(devno)
             try:
-                await self._explain(devno, batch)
+                await self._explain(devno)
             except asyncio.CancelledError:
                 raise
             except Exception as error:
-                log.exception("explaining errors of %s", devno)
-                self._troubles[f"device {devno}"] = f"{type(error).__name__}: {error}"
-                self._waiting[devno][:0] = batch
-                await asyncio.sleep(_RETRY_SECONDS)
+                text = f"{type(error).__name__}: {error}"
+                if self._troubles.get(trouble) != text:
+                    log.exception("explaining errors of %s", devno)
+                self._troubles[trouble] = text
+                self._dirty.add(devno)
+                await self._pause()
             else:
-                self._troubles.pop(f"device {devno}", None)
-        del self._waiting[devno]
+                self._troubles.pop(trouble, None)
 
-    async def _explain(self, devno: str, batch: Sequence[Observation]) -> None:
-        """Find out what a batch of failed requests means for each target, and write that down."""
-        drafts: list[Draft] = []
+    async def _explain(self, devno: str) -> None:
+        """Find out what failed requests of a device mean for each target, and write that down."""
+        batch = await self._journal_thread.call(self._journal.pending, devno)
+        if not batch:
+            return
+        explained: list[Observation] = batch
+        findings: list[Finding] = []
         left: list[BlockError] = []
+        failed: Exception | None = None
         for target in await self._targets_on(devno):
             question = self._watcher.question(target, batch)
-            if question is None:
-                self._counts["merged"] += sum(item.times for item in batch)
+            if not question.news:
+                findings.append(Finding(target.name, merged=question.requests))
                 continue
-            answer = await self._ask(question)
-            drafts += self._watcher.drafts(question, answer, self._host.name(target.main))
+            try:
+                answer = await self._ask(question)
+            except (DmRemapError, OSError) as error:
+                # That must not cost the other targets on the disk their events.
+                failed = error
+                explained = [item for item in explained if not concerns(target, item.error)]
+                continue
+            name = self._host.name(target.main)
+            findings.append(self._watcher.finding(question, answer, name))
             left += _unread(question, answer)
-        explained = [item.id for item in batch]
-        time_ns = min(item.time_ns for item in batch)
-        self._dispatch(await self._write(drafts, explained, time_ns, left))
+        drafts = [draft for finding in findings for draft in finding.drafts]
+        await self._write(drafts, explained, min(item.time_ns for item in batch), left)
+        for finding in findings:
+            self._watcher.confirm(finding)
+            self._counts["merged"] += finding.merged
+        self._dispatch(item.devno for item in left)
+        if failed is not None:
+            raise failed
 
     async def _ask(self, question: Question) -> Answer:
         """Ask the disk in its own thread; report if that takes too long, but wait for it."""
@@ -418,7 +502,9 @@ class Daemon:
         done, _unused = await asyncio.wait({call}, timeout=2 * self._patience.probe)
         if not done:
             self._troubles[f"probe {target.name}"] = "the disk does not answer"
-            await self._write(self._watcher.slow(target, self._host.name(target.main)), [])
+            slow = self._watcher.slow(target, self._host.name(target.main))
+            if await self._try_to_write(slow.drafts):
+                self._watcher.confirm(slow)
         answer: Answer = await call
         self._troubles.pop(f"probe {target.name}", None)
         return answer
@@ -449,13 +535,16 @@ class Daemon:
     async def _write(
         self,
         drafts: Sequence[Draft],
-        explained: Sequence[int],
+        explained: Sequence[Observation] = (),
         time_ns: int | None = None,
         unexplained: Sequence[BlockError] = (),
-    ) -> list[Observation]:
-        written, left = await self._journal_thread.call(
-            self._journal.append, drafts, explained, time_ns, unexplained
+        notes: Mapping[str, str] | None = None,
+    ) -> None:
+        """Write to the journal, as `Journal.append` does, and show it."""
+        written, self._waiting = await self._journal_thread.call(
+            self._journal.append, drafts, explained, time_ns, unexplained, notes
         )
+        self._troubles.pop("journal", None)
         for event in written:
             self._written[event["type"]] += 1
             self._newest = event["sequence"]
@@ -463,7 +552,24 @@ class Daemon:
             log.log(level, "event %d: %s: %s", event["sequence"], event["type"], event["message"])
         if written:
             self._tell()
-        return list(left)
+
+    async def _try_to_write(
+        self, drafts: Sequence[Draft] = (), notes: Mapping[str, str] | None = None
+    ) -> bool:
+        """Write to the journal; a failure is a trouble, and False."""
+        try:
+            await self._write(drafts, notes=notes)
+        except _JOURNAL_ERRORS as error:
+            self._journal_failed(error)
+            return False
+        return True
+
+    def _journal_failed(self, error: Exception) -> None:
+        known = isinstance(error, DmRemapError)
+        text = str(error if known else failure(self._settings.journal, error))
+        if self._troubles.get("journal") != text:
+            log.critical("%s", text)
+        self._troubles["journal"] = text
 
     def _tell(self) -> None:
         """Wake everyone who waits for an event."""
@@ -475,6 +581,7 @@ class Daemon:
 def _unread(question: Question, answer: Answer) -> list[BlockError]:
     """The ranges that time did not suffice for, as failed requests of the target's disk."""
     target = question.target
+    number = answer.result.errno
     return [
         BlockError(
             request=target.request_based,
@@ -482,11 +589,25 @@ def _unread(question: Question, answer: Answer) -> list[BlockError]:
             operation=READ,
             sector=target.start + start,
             count=count,
-            errno=question.errno,
+            errno=number if number in PROBE_ERRORS else errno.EIO,
             readahead=False,
         )
         for start, count in answer.result.unread
     ]
+
+
+def _forgotten(stale: Sequence[Observation]) -> list[Draft]:
+    """The event of what an earlier boot left: its device numbers may mean other disks now."""
+    if not stale:
+        return []
+    requests = sum(item.times for item in stale)
+    devices = sorted({item.error.devno for item in stale})
+    more = ", ..." if len(devices) > 8 else ""
+    message = (
+        f"the host restarted before {counted(requests, 'failed request')} of"
+        f" {', '.join(devices[:8])}{more} could be explained; errors may have gone unseen"
+    )
+    return [Draft(events.OVERRUN, message, requests=requests)]
 
 
 def notify(state: str) -> None:

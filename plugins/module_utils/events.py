@@ -9,6 +9,7 @@ An event says what happened to one device of one target. `docs/events.md` descri
 from __future__ import annotations
 
 import uuid
+from bisect import bisect_left
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime, timezone
@@ -121,7 +122,8 @@ def complete(draft: Draft, origin: Origin, sequence: int, time_ns: int) -> dict[
         sequence: the event's number in this host's journal.
         time_ns: when the first of its errors was seen, nanoseconds since 1970.
     """
-    identity = f"{origin.boot_id}/{draft.device}/{sequence}"
+    # A journal that was begun anew gives the same numbers again, at another time.
+    identity = f"{origin.boot_id}/{draft.device}/{sequence}/{time_ns}"
     return {
         "schema": SCHEMA,
         "uuid": str(uuid.uuid5(origin.host_id, identity)),
@@ -156,32 +158,42 @@ def subtract_ranges(
     """Return what is left of `ranges` without `holes`; both are ranges (start, count)."""
     cuts = merge_sectors(holes)
     left: list[tuple[int, int]] = []
+    first = 0
     for start, count in merge_sectors(ranges):
         end = start + count
-        for cut, length in cuts:
-            if cut + length <= start or cut >= end:
-                continue
+        while first < len(cuts) and sum(cuts[first]) <= start:
+            first += 1
+        index = first
+        while index < len(cuts) and cuts[index][0] < end:
+            cut, length = cuts[index]
             if cut > start:
                 left.append((start, cut - start))
             start = cut + length
-            if start >= end:
-                break
+            index += 1
         if start < end:
             left.append((start, end - start))
     return left
 
 
 def intersect_ranges(
-    ranges: Iterable[tuple[int, int]], window: tuple[int, int]
+    ranges: Sequence[tuple[int, int]], window: tuple[int, int]
 ) -> list[tuple[int, int]]:
-    """Return the parts of `ranges` inside the one range `window`."""
+    """Return the parts of `ranges`, which are sorted and apart, inside the one range `window`."""
     low, high = window[0], window[0] + window[1]
     kept = []
-    for start, count in ranges:
+    for index in range(max(0, bisect_left(ranges, (low, 0)) - 1), len(ranges)):
+        start, count = ranges[index]
+        if start >= high:
+            break
         first, last = max(start, low), min(start + count, high)
         if first < last:
             kept.append((first, last - first))
     return kept
+
+
+def counted(number: int, one: str, many: str = "") -> str:
+    """Return a number with its noun, such as `1 sector` or `2 sectors`."""
+    return f"{number} {one if number == 1 else many or one + 's'}"
 
 
 def split_draft(draft: Draft, limit: int = MAX_RANGES) -> list[Draft]:

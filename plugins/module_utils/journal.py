@@ -15,45 +15,84 @@ import os
 import sqlite3
 import time
 import uuid
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, Callable
 
 from .errors import DmRemapError
 from .events import Draft, Origin, complete
 from .tracing import BlockError
 
-_FORMAT = 1
+_FORMAT = 2
 
-_SCHEMA = """
-CREATE TABLE IF NOT EXISTS note (name TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID;
-CREATE TABLE IF NOT EXISTS observation (
-    id INTEGER PRIMARY KEY AUTOINCREMENT,
-    time_ns INTEGER NOT NULL,
-    request INTEGER NOT NULL,
-    devno TEXT NOT NULL,
-    operation TEXT NOT NULL,
-    sector INTEGER NOT NULL,
-    count INTEGER NOT NULL,
-    errno INTEGER NOT NULL,
-    times INTEGER NOT NULL
-);
-CREATE TABLE IF NOT EXISTS event (
-    id INTEGER PRIMARY KEY AUTOINCREMENT,
-    body TEXT NOT NULL
-);
-"""
+_SCHEMA = (
+    "CREATE TABLE note (name TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID",
+    """CREATE TABLE observation (
+        id INTEGER PRIMARY KEY AUTOINCREMENT,
+        boot TEXT NOT NULL,
+        time_ns INTEGER NOT NULL,
+        request INTEGER NOT NULL,
+        devno TEXT NOT NULL,
+        operation TEXT NOT NULL,
+        sector INTEGER NOT NULL,
+        count INTEGER NOT NULL,
+        errno INTEGER NOT NULL,
+        times INTEGER NOT NULL,
+        UNIQUE (devno, operation, sector, count, errno, request, boot)
+    )""",
+    "CREATE TABLE event (id INTEGER PRIMARY KEY AUTOINCREMENT, body TEXT NOT NULL)",
+)
+
+# Above this number of a device's observations, those that touch each other become one.
+_MANY = 500
+# No target can have more remaps (docs/format.md); of what exceeds it only the number is kept.
+MAX_PLACES = 16384
+
+
+class DamagedJournal(DmRemapError):
+    """The file is a database no longer; nothing but a new one helps."""
+
+
+def failure(path: str, error: Exception) -> DmRemapError:
+    """Return what the failure of a call of the journal means.
+
+    Args:
+        path: the journal.
+        error: what was raised.
+    """
+    # The module sqlite3 has a class of its own for every failure but damage (SQLITE_CORRUPT and
+    # SQLITE_NOTADB). ValueError: an event is not JSON.
+    if type(error) is sqlite3.DatabaseError or isinstance(error, ValueError):
+        return DamagedJournal(
+            f"the journal is damaged: {error}",
+            device=path,
+            remedy="move the file away with those that end in -wal and -shm, and start the"
+            " daemon again",
+        )
+    return DmRemapError(
+        f"the journal cannot be used: {error}",
+        device=path,
+        remedy="see that its disk works and has room, and that no other program holds it",
+    )
+
+
+def move_aside(path: str, aside: str) -> None:
+    """Rename a journal with what belongs to it; the file itself goes last."""
+    for suffix in ("-wal", "-shm", ""):
+        if os.path.exists(path + suffix):
+            os.replace(path + suffix, aside + suffix)
 
 
 @dataclass(frozen=True)
 class Observation:
-    """A failed request that waits for its explanation.
+    """Failed requests that wait for their explanation.
 
     Args:
         id: its number in the journal.
-        time_ns: when it was first read from the trace, nanoseconds since 1970.
-        error: the request.
-        times: how often it failed in the same way.
+        time_ns: when the first was read from the trace, nanoseconds since 1970.
+        error: the request. When many waited it covers several that touched each other; a count
+            of 0 stands for those whose places were not kept, and for flushes.
+        times: number of requests.
     """
 
     id: int
@@ -89,7 +128,8 @@ class Journal:
         clock: nanoseconds since 1970.
 
     Raises:
-        DmRemapError: the file is not a journal of this version, or it is damaged.
+        DamagedJournal: the file is damaged.
+        DmRemapError: it cannot be used now, or is not a journal of this version.
     """
 
     def __init__(
@@ -103,28 +143,39 @@ class Journal:
         self._origin = origin
         self._keep = keep
         self._clock = clock
-        os.close(os.open(path, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600))
-        self._database = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
+        try:
+            os.close(os.open(path, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600))
+            self._database = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
+        except (OSError, sqlite3.Error) as error:
+            raise failure(path, error) from error
         try:
             self._prepare()
-        except sqlite3.DatabaseError as error:
+        except (sqlite3.Error, ValueError) as error:
             self._database.close()
-            raise DmRemapError(
-                f"the journal cannot be used: {error}",
-                device=path,
-                remedy="move the file away and start the daemon again",
-            ) from error
+            raise failure(path, error) from error
+        except DmRemapError:
+            self._database.close()
+            raise
 
     def _prepare(self) -> None:
         run = self._database.execute
+        found = run("PRAGMA user_version").fetchone()[0]
+        empty = run("SELECT count(*) FROM sqlite_master").fetchone()[0] == 0
+        if found != _FORMAT and not empty:
+            raise DmRemapError(
+                f"the journal has format {found}, not {_FORMAT}",
+                device=self._path,
+                remedy="install the version of dm_remap.storage that wrote it, or move the file"
+                " away with those that end in -wal and -shm",
+            )
         run("PRAGMA journal_mode = WAL")
         run("PRAGMA synchronous = FULL")
-        version = run("PRAGMA user_version").fetchone()[0]
-        if version not in (0, _FORMAT):
-            raise sqlite3.DatabaseError(f"its format is {version}, not {_FORMAT}")
-        self._database.executescript(_SCHEMA)
-        run(f"PRAGMA user_version = {_FORMAT}")
-        run("INSERT OR IGNORE INTO note VALUES ('id', ?)", (str(uuid.uuid4()),))
+        if empty:
+            with self._transaction():
+                for statement in _SCHEMA:
+                    run(statement)
+                run("INSERT INTO note VALUES ('id', ?)", (str(uuid.uuid4()),))
+                run(f"PRAGMA user_version = {_FORMAT}")
         self.id = uuid.UUID(self.note("id"))
 
     def note(self, name: str, default: str = "") -> str:
@@ -132,24 +183,27 @@ class Journal:
         row = self._database.execute("SELECT value FROM note WHERE name = ?", (name,)).fetchone()
         return str(row[0]) if row else default
 
-    def remember(self, name: str, value: str) -> None:
-        """Remember a value durably."""
-        self._database.execute("INSERT OR REPLACE INTO note VALUES (?, ?)", (name, value))
-
-    def observe(self, errors: Iterable[BlockError]) -> list[Observation]:
-        """Write failed requests down; identical ones become one. Returns what was written."""
+    def observe(self, errors: Iterable[BlockError]) -> int:
+        """Write failed requests down; identical ones become one. Returns how many wait."""
         counts: dict[BlockError, int] = {}
         for error in errors:
             counts[error] = counts.get(error, 0) + 1
         now = self._clock()
         with self._transaction():
-            return [self._insert(error, times, now) for error, times in counts.items()]
+            for error, times in counts.items():
+                self._insert(error, times, now)
+            for devno in {error.devno for error in counts}:
+                self._bound(devno)
+            return self._waiting()
 
-    def _insert(self, error: BlockError, times: int, now: int) -> Observation:
-        row = self._database.execute(
-            "INSERT INTO observation (time_ns, request, devno, operation, sector, count, errno,"
-            " times) VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
+    def _insert(self, error: BlockError, times: int, now: int) -> None:
+        self._database.execute(
+            "INSERT INTO observation (boot, time_ns, request, devno, operation, sector, count,"
+            " errno, times) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?) ON CONFLICT"
+            " (devno, operation, sector, count, errno, request, boot)"
+            " DO UPDATE SET times = times + excluded.times",
             (
+                self._origin.boot_id,
                 now,
                 error.request,
                 error.devno,
@@ -160,13 +214,44 @@ class Journal:
                 times,
             ),
         )
-        return Observation(int(row.lastrowid or 0), now, error, times)
 
-    def pending(self) -> list[Observation]:
-        """Return the failed requests that no event explains yet, oldest first."""
+    def _bound(self, devno: str) -> None:
+        """Keep few observations of a device that is not asked now, at the least loss."""
+        rows = self.pending(devno)
+        if len(rows) <= _MANY:
+            return
+        clusters = _touching(rows)
+        for number, cluster in enumerate(clusters):
+            first = cluster[0].error
+            end = max(item.error.sector + item.error.count for item in cluster)
+            whole = replace(first, count=end - first.sector)
+            if number >= MAX_PLACES:
+                whole = replace(first, sector=0, count=0)
+            if len(cluster) == 1 and whole == first:
+                continue
+            self._remove(cluster)
+            times = sum(item.times for item in cluster)
+            self._insert(whole, times, min(item.time_ns for item in cluster))
+
+    def pending(self, devno: str | None = None) -> list[Observation]:
+        """Return the failed requests that no event explains yet, oldest first.
+
+        Args:
+            devno: of this device only.
+        """
+        if devno is None:
+            return self._observations("boot = ?", self._origin.boot_id)
+        return self._observations("boot = ? AND devno = ?", self._origin.boot_id, devno)
+
+    def stale(self) -> list[Observation]:
+        """Return those of other boots: their device numbers may belong to other disks now."""
+        return self._observations("boot != ?", self._origin.boot_id)
+
+    def _observations(self, condition: str, *values: str) -> list[Observation]:
         rows = self._database.execute(
             "SELECT id, time_ns, times, request, devno, operation, sector, count, errno"
-            " FROM observation ORDER BY id"
+            f" FROM observation WHERE {condition} ORDER BY id",
+            values,
         )
         return [
             Observation(
@@ -178,45 +263,53 @@ class Journal:
             for row in rows
         ]
 
+    def _waiting(self) -> int:
+        return int(self._database.execute("SELECT count(*) FROM observation").fetchone()[0])
+
+    def _remove(self, observations: Iterable[Observation]) -> None:
+        """Take observations out, but not the requests that failed again after they were read."""
+        known = [(item.times, item.id) for item in observations]
+        run = self._database.executemany
+        run("UPDATE observation SET times = times - ? WHERE id = ?", known)
+        run("DELETE FROM observation WHERE id = ? AND times <= 0", [(item[1],) for item in known])
+
     def append(
         self,
-        drafts: Iterable[Draft],
-        explained: Iterable[int] = (),
+        drafts: Iterable[Draft] = (),
+        explained: Iterable[Observation] = (),
         time_ns: int | None = None,
         unexplained: Iterable[BlockError] = (),
-    ) -> tuple[list[dict[str, Any]], list[Observation]]:
+        notes: Mapping[str, str] | None = None,
+    ) -> tuple[list[dict[str, Any]], int]:
         """Write events and drop the observations that they explain, in one transaction.
 
         Args:
             drafts: what happened; may be empty when the observations mean nothing.
-            explained: numbers of observations.
+            explained: the observations.
             time_ns: when it happened, now by default.
             unexplained: the parts of those observations that must be looked at again.
+            notes: values to remember, by name.
 
         Returns:
-            the complete events, and the new observations.
+            the complete events, and how many observations wait.
         """
         moment = self._clock() if time_ns is None else time_ns
         written = []
-        left = []
+        run = self._database.execute
         with self._transaction():
             for draft in drafts:
-                row = self._database.execute("INSERT INTO event (body) VALUES ('')")
-                number = int(row.lastrowid or 0)
+                number = int(run("INSERT INTO event (body) VALUES ('')").lastrowid or 0)
                 event = complete(draft, self._origin, number, moment)
-                self._database.execute(
-                    "UPDATE event SET body = ? WHERE id = ?", (_json(event), number)
-                )
+                run("UPDATE event SET body = ? WHERE id = ?", (_json(event), number))
                 written.append(event)
-            self._database.executemany(
-                "DELETE FROM observation WHERE id = ?", [(number,) for number in explained]
-            )
-            left = [self._insert(error, 1, moment) for error in unexplained]
+            self._remove(explained)
+            for error in unexplained:
+                self._insert(error, 1, moment)
+            for item in (notes or {}).items():
+                run("INSERT OR REPLACE INTO note VALUES (?, ?)", item)
             if written:
-                self._database.execute(
-                    "DELETE FROM event WHERE id <= ?", (written[-1]["sequence"] - self._keep,)
-                )
-        return written, left
+                run("DELETE FROM event WHERE id <= ?", (written[-1]["sequence"] - self._keep,))
+            return written, self._waiting()
 
     def read(self, after: int, limit: int) -> Page:
         """Return at most `limit` events with a number above `after`."""
@@ -254,7 +347,34 @@ class _Transaction:
         self._database.execute("BEGIN IMMEDIATE")
 
     def __exit__(self, kind: object, *rest: object) -> None:
-        self._database.execute("ROLLBACK" if kind else "COMMIT")
+        try:
+            if kind is None:
+                self._database.execute("COMMIT")
+        finally:
+            # After some failures, such as a full disk, SQLite has rolled back by itself.
+            if self._database.in_transaction:
+                self._database.execute("ROLLBACK")
+
+
+def _touching(rows: Iterable[Observation]) -> list[list[Observation]]:
+    """Group observations that differ in their place only and touch; the oldest group first."""
+
+    def place(item: Observation) -> tuple[bool, str, int, int]:
+        error = item.error
+        return error.request, error.operation, error.errno, error.sector
+
+    groups: list[list[Observation]] = []
+    end = 0
+    for item in sorted(rows, key=place):
+        error = item.error
+        same = bool(groups) and place(groups[-1][0])[:3] == place(item)[:3]
+        if same and error.count and groups[-1][0].error.count and error.sector <= end:
+            groups[-1].append(item)
+        else:
+            groups.append([item])
+            end = 0
+        end = max(end, error.sector + error.count)
+    return sorted(groups, key=lambda group: min(item.id for item in group))
 
 
 def _json(event: dict[str, Any]) -> str:

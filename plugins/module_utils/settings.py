@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import stat
 from dataclasses import dataclass, fields
 from typing import Any
@@ -50,6 +51,14 @@ class Settings:
     def journal(self) -> str:
         """Path of the journal."""
         return os.path.join(self.state_directory, "journal.db")
+
+    @property
+    def remedy(self) -> str:
+        """What makes credentials anew that are missing or unusable."""
+        return (
+            f"remove it, and run: dm-remapd credentials --name {shlex.quote(self.host)};"
+            " then let the role dm_remap.storage.host tell the controller"
+        )
 
 
 _LIMITS: dict[str, tuple[float, float]] = {
@@ -95,35 +104,40 @@ def _check(path: str, name: str, value: Any, known: dict[str, Any]) -> None:
         raise _wrong(path, f"{name} is {value}, not from {_LIMITS[name][0]} to {_LIMITS[name][1]}")
 
 
-def read_secret(path: str) -> str:
-    """Read a secret of one line from a file that nobody else may read.
+def read_token(settings: Settings) -> str:
+    """Read the bearer token, one line in a file that nobody else may read.
 
     Raises:
-        DmRemapError: it is missing, empty, or others may read it.
+        DmRemapError: it is missing, too short, or others may read it.
     """
+    path = settings.token_file
     try:
         with open(path, encoding="ascii") as stream:
             mode = os.fstat(stream.fileno()).st_mode
             secret = stream.read().strip()
     except (OSError, ValueError) as error:
-        raise _wrong(path, "cannot be read", "run dm-remapd credentials") from error
-    check_private(path, mode)
+        raise _wrong(path, "cannot be read", settings.remedy) from error
+    _check_private(path, mode)
     if len(secret) < 32:
-        raise _wrong(path, "has fewer than 32 characters", "run dm-remapd credentials")
+        raise _wrong(path, "has fewer than 32 characters", settings.remedy)
     return secret
 
 
-def check_private(path: str, mode: int | None = None) -> None:
-    """Refuse a file that group or others may read.
+def check_key(settings: Settings) -> None:
+    """Refuse a private key that group or others may read.
 
     Raises:
         DmRemapError: its mode gives others access, or it is missing.
     """
     try:
-        found = os.stat(path).st_mode if mode is None else mode
+        mode = os.stat(settings.key).st_mode
     except OSError as error:
-        raise _wrong(path, "is missing", "run dm-remapd credentials") from error
-    if stat.S_IMODE(found) & 0o077:
+        raise _wrong(settings.key, "is missing", settings.remedy) from error
+    _check_private(settings.key, mode)
+
+
+def _check_private(path: str, mode: int) -> None:
+    if stat.S_IMODE(mode) & 0o077:
         raise _wrong(path, "can be read by others", f"chmod 600 {path}")
 
 

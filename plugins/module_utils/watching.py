@@ -5,23 +5,24 @@
 
 from __future__ import annotations
 
+import collections
 import errno
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Callable
 
 from . import events
 from .errors import DmRemapError
-from .events import Draft, intersect_ranges, split_draft, subtract_ranges
+from .events import Draft, counted, intersect_ranges, split_draft, subtract_ranges
 from .extents import merge_sectors
 from .inventory import Guarded
 from .journal import Observation
 from .probing import MEDIUM_ERRORS, DeviceState, Probe, Readable, answers, probe
-from .tracing import FLUSH, READ, WRITE
+from .tracing import FLUSH, READ, WRITE, BlockError
 
 # A read that timed out may well have hit a bad sector; reading again tells.
-_PROBE_ERRORS = (*MEDIUM_ERRORS, errno.ETIMEDOUT)
+PROBE_ERRORS = (*MEDIUM_ERRORS, errno.ETIMEDOUT)
 
 
 @dataclass(frozen=True)
@@ -39,12 +40,35 @@ class Patience:
     settle: float = 5.0
 
 
+class _OldNews:
+    """Ranges that were spoken of, each for some time."""
+
+    def __init__(self) -> None:
+        # In the order of their ends, because the clock only rises.
+        self._items: collections.deque[tuple[float, Sequence[tuple[int, int]]]]
+        self._items = collections.deque()
+
+    def add(self, ranges: Iterable[tuple[int, int]], until: float, now: float) -> None:
+        """Keep ranges until a time."""
+        self._forget(now)
+        self._items.append((until, tuple(ranges)))
+
+    def current(self, now: float) -> Sequence[tuple[int, int]]:
+        """Return what is still old news, sorted and merged."""
+        self._forget(now)
+        return merge_sectors(item for _unused, ranges in self._items for item in ranges)
+
+    def _forget(self, now: float) -> None:
+        while self._items and self._items[0][0] <= now:
+            self._items.popleft()
+
+
 @dataclass
 class _Memory:
-    """What is known of one target: ranges with the time until which they are old news."""
+    """What is known of one target."""
 
-    reported: dict[str, list[tuple[float, tuple[int, int]]]] = field(default_factory=dict)
-    probed: list[tuple[float, tuple[int, int]]] = field(default_factory=list)
+    reported: dict[str, _OldNews] = field(default_factory=lambda: collections.defaultdict(_OldNews))
+    probed: _OldNews = field(default_factory=_OldNews)
     conditions: dict[str, float] = field(default_factory=dict)
     lost_until: float = 0.0
     merged: int = 0
@@ -60,17 +84,56 @@ class Question:
         beside: ranges whose reads failed together with a sector that is known to be bad.
         writes: the same for writes.
         others: what failed without telling of a sector, as (operation, errno).
+        unplaced: requests whose places were not kept, their number by (operation, errno).
         requests: number of failed requests in all.
-        errno: error number of the first of them.
+        errnos: error number of the first of each operation.
     """
 
     target: Guarded
-    reads: Sequence[tuple[int, int]]
-    beside: Sequence[tuple[int, int]]
-    writes: Sequence[tuple[int, int]]
-    others: Sequence[tuple[str, int]]
-    requests: int
-    errno: int
+    reads: Sequence[tuple[int, int]] = ()
+    beside: Sequence[tuple[int, int]] = ()
+    writes: Sequence[tuple[int, int]] = ()
+    others: Sequence[tuple[str, int]] = ()
+    unplaced: Mapping[tuple[str, int], int] = field(default_factory=dict)
+    requests: int = 0
+    errnos: Mapping[str, int] = field(default_factory=dict)
+
+    @property
+    def news(self) -> bool:
+        """Whether there is anything to ask or to tell."""
+        return bool(self.reads or self.beside or self.writes or self.others or self.unplaced)
+
+    @property
+    def errno(self) -> int:
+        """Error number of the first request."""
+        return next(iter(self.errnos.values()), 0)
+
+
+@dataclass(frozen=True)
+class Finding:
+    """Events of one target, and what is to be remembered once they are in the journal.
+
+    Args:
+        target: the target's name.
+        drafts: the events.
+        reported: ranges that the events tell, by operation.
+        probed: ranges that were read just now.
+        conditions: what is told of the device itself.
+        alive: the main answered.
+        lost: it did not.
+        merged: number of failed requests that told nothing new.
+        told: number of earlier ones that the events tell.
+    """
+
+    target: str
+    drafts: Sequence[Draft] = ()
+    reported: Mapping[str, Sequence[tuple[int, int]]] = field(default_factory=dict)
+    probed: Sequence[tuple[int, int]] = ()
+    conditions: Sequence[str] = ()
+    alive: bool = False
+    lost: bool = False
+    merged: int = 0
+    told: int = 0
 
 
 @dataclass(frozen=True)
@@ -85,6 +148,8 @@ class Answer:
 class Watcher:
     """Remembers what was said about each target, and says only what is new.
 
+    Only `confirm` and `remember` change what it knows: what did not reach the journal was not said.
+
     Args:
         patience: the times.
         clock: seconds that only rise.
@@ -93,51 +158,70 @@ class Watcher:
     def __init__(self, patience: Patience, clock: Callable[[], float]) -> None:
         self._patience = patience
         self._clock = clock
-        self._memories: dict[str, _Memory] = {}
+        self._memories: dict[str, _Memory] = collections.defaultdict(_Memory)
 
     def remember(self, target: str, operation: str, sectors: Iterable[tuple[int, int]]) -> None:
         """Take note that bad sectors have been reported, for a start with an old journal."""
-        until = self._clock() + self._patience.again
-        known = self._memory(target).reported.setdefault(operation, [])
-        known.extend((until, item) for item in sectors)
-
-    def question(self, target: Guarded, observations: Iterable[Observation]) -> Question | None:
-        """Return what to ask the disk, or None if the failures tell nothing new of this target."""
-        memory = self._memory(target.name)
         now = self._clock()
-        known = _current(memory.reported.get(READ, []), now)
+        known = self._memories[target].reported[operation]
+        known.add(sectors, now + self._patience.again, now)
+
+    def confirm(self, finding: Finding) -> None:
+        """Take note that the events of a finding are in the journal."""
+        memory = self._memories[finding.target]
+        now = self._clock()
+        for operation, sectors in finding.reported.items():
+            if sectors:
+                self.remember(finding.target, operation, sectors)
+        if finding.probed:
+            memory.probed.add(finding.probed, now + self._patience.settle, now)
+        if finding.alive:
+            memory.conditions.pop(events.DEVICE_LOST, None)
+        for condition in finding.conditions:
+            memory.conditions[condition] = now + self._patience.again
+        if finding.lost:
+            memory.lost_until = now + self._patience.settle
+        memory.merged += finding.merged - finding.told
+
+    def question(self, target: Guarded, observations: Iterable[Observation]) -> Question:
+        """Return what to ask the disk; it has no news if the failures tell nothing new."""
+        memory = self._memories[target.name]
+        now = self._clock()
+        known = memory.reported[READ].current(now)
         reads: list[tuple[int, int]] = []
         beside: list[tuple[int, int]] = []
         writes: list[tuple[int, int]] = []
         others: list[tuple[str, int]] = []
-        requests, first_errno = 0, 0
+        unplaced: dict[tuple[str, int], int] = {}
+        errnos: dict[str, int] = {}
+        requests = 0
         for item in observations:
             error = item.error
-            if error.request != target.request_based:
+            if not concerns(target, error):
                 continue
             where = _on_target(target, error.sector, error.count)
-            if error.operation != FLUSH and not where:
-                continue
+            kind = (error.operation, error.errno)
             requests += item.times
-            first_errno = first_errno or error.errno
-            if error.operation == READ and error.errno in _PROBE_ERRORS:
-                familiar = subtract_ranges(where, known) != where
+            errnos.setdefault(*kind)
+            if error.operation != FLUSH and not error.count:
+                unplaced[kind] = unplaced.get(kind, 0) + item.times
+            elif error.operation == READ and error.errno in PROBE_ERRORS:
+                familiar = any(intersect_ranges(known, piece) for piece in where)
                 (beside if familiar else reads).extend(where)
             elif error.operation == WRITE and error.errno in MEDIUM_ERRORS:
                 writes += where
             else:
-                others.append((error.operation, error.errno))
-        probed = _current(memory.probed, now)
+                others.append(kind)
+        # A device that is gone fails our own reads too; asking again at once would never end.
+        if now < memory.lost_until:
+            return Question(target, requests=requests)
+        probed = memory.probed.current(now)
         reads = subtract_ranges(reads, [*known, *probed])
         beside = subtract_ranges(beside, [*known, *probed, *reads])
-        writes = subtract_ranges(writes, _current(memory.reported.get(WRITE, []), now))
-        # A device that is gone fails our own reads too; asking again at once would never end.
-        if now < memory.lost_until or not (reads or beside or writes or others):
-            memory.merged += requests
-            return None
-        return Question(target, reads, beside, writes, others, requests, first_errno)
+        writes = subtract_ranges(writes, memory.reported[WRITE].current(now))
+        return Question(target, reads, beside, writes, others, unplaced, requests, errnos)
 
-    def drafts(self, question: Question, answer: Answer, device: str) -> list[Draft]:
+    def finding(self, question: Question, answer: Answer, device: str) -> Finding:
         """Return the new events.
 
         Args:
@@ -145,11 +229,9 @@ class Watcher:
             answer: what the disk showed.
             device: the disk's kernel name.
         """
-        target = question.target.name
-        memory = self._memory(target)
         if answer.state is not DeviceState.LIVE or not answer.alive:
             return self._lost(question, answer, device)
-        memory.conditions.pop(events.DEVICE_LOST, None)
+        target = question.target.name
         asked = merge_sectors([*question.reads, *question.beside])
         probed = subtract_ranges(asked, answer.result.unread)
         suspect_reads = subtract_ranges(question.reads, answer.result.unread)
@@ -159,16 +241,15 @@ class Watcher:
             found.append(
                 Draft(
                     events.SECTOR_ERROR,
-                    f"{target}: {_sectors(bad)} of {device} cannot be read",
+                    f"{target}: {_sectors(bad, device)} cannot be read",
                     target,
                     device,
                     READ,
                     tuple(bad),
                     tuple(probed),
-                    answer.result.errno or question.errno,
+                    answer.result.errno or question.errnos[READ],
                 )
             )
-            self.remember(target, READ, bad)
         elif suspect_reads:
             found.append(
                 Draft(
@@ -179,45 +260,51 @@ class Watcher:
                     READ,
                     (),
                     tuple(suspect_reads),
-                    question.errno,
+                    question.errnos[READ],
                 )
             )
         if question.writes:
             found.append(
                 Draft(
                     events.SECTOR_ERROR,
-                    f"{target}: {_sectors(question.writes)} of {device} could not be written",
+                    f"{target}: {_sectors(question.writes, device)} could not be written",
                     target,
                     device,
                     WRITE,
                     tuple(question.writes),
                     tuple(question.writes),
-                    question.errno,
+                    question.errnos[WRITE],
                 )
             )
-            self.remember(target, WRITE, question.writes)
-        found += self._others(question, device)
-        until = self._clock() + self._patience.settle
-        memory.probed = [item for item in memory.probed if item[0] > self._clock()] + [
-            (until, item) for item in probed
-        ]
-        return self._counted(found, question)
+        conditions = []
+        for condition, draft in [*_others(question, device), *_unplaced(question, device)]:
+            if self._is_news(target, condition):
+                conditions.append(condition)
+                found.append(draft)
+        told = Finding(
+            target,
+            reported={READ: bad, WRITE: question.writes},
+            probed=probed,
+            conditions=conditions,
+            alive=True,
+        )
+        return self._counted(told, found, question)
 
-    def slow(self, target: Guarded, device: str) -> list[Draft]:
+    def slow(self, target: Guarded, device: str) -> Finding:
         """Return the event for a disk that did not answer in time, once for a while."""
         message = f"{target.name}: {device} did not answer in {self._patience.probe:g} seconds"
-        if not self._news(target.name, events.DEVICE_SLOW):
-            return []
-        return [
-            Draft(events.DEVICE_SLOW, message, target.name, device, generation=target.generation)
-        ]
+        if not self._is_news(target.name, events.DEVICE_SLOW):
+            return Finding(target.name)
+        draft = Draft(
+            events.DEVICE_SLOW, message, target.name, device, generation=target.generation
+        )
+        return Finding(target.name, [draft], conditions=[events.DEVICE_SLOW])
 
-    def _lost(self, question: Question, answer: Answer, device: str) -> list[Draft]:
+    def _lost(self, question: Question, answer: Answer, device: str) -> Finding:
         target = question.target.name
-        self._memory(target).lost_until = self._clock() + self._patience.settle
-        if not self._news(target, events.DEVICE_LOST):
-            self._memory(target).merged += question.requests
-            return []
+        finding = Finding(target, conditions=[events.DEVICE_LOST], lost=True)
+        if not self._is_news(target, events.DEVICE_LOST):
+            return replace(finding, conditions=[], merged=question.requests)
         reason = {
             DeviceState.GONE: "is gone",
             DeviceState.OFFLINE: "is offline",
@@ -231,53 +318,58 @@ class Watcher:
             suspect=tuple(merge_sectors([*question.reads, *question.writes])),
             errno=question.errno,
         )
-        return self._counted([draft], question)
+        return self._counted(finding, [draft], question)
 
-    def _others(self, question: Question, device: str) -> list[Draft]:
-        found = []
-        target = question.target.name
-        for operation, number in dict.fromkeys(question.others):
-            if self._news(target, f"{events.DEVICE_ERROR}/{operation}/{number}"):
-                what = os.strerror(number)
-                found.append(
-                    Draft(
-                        events.DEVICE_ERROR,
-                        f"{target}: a {operation} of {device} failed: {what}",
-                        target,
-                        device,
-                        operation,
-                        errno=number,
-                    )
-                )
-        return found
-
-    def _counted(self, found: Sequence[Draft], question: Question) -> list[Draft]:
-        memory = self._memory(question.target.name)
+    def _counted(self, finding: Finding, found: Sequence[Draft], question: Question) -> Finding:
+        """Put the numbers of requests into the first event."""
         if not found:
-            memory.merged += question.requests
-            return []
+            return replace(finding, merged=question.requests)
+        merged = self._memories[finding.target].merged
         whole: list[Draft] = []
         for index, draft in enumerate(found):
-            counted = replace(
+            numbered = replace(
                 draft,
                 generation=question.target.generation,
                 requests=question.requests if index == 0 else 0,
-                merged=memory.merged if index == 0 else 0,
+                merged=merged if index == 0 else 0,
             )
-            whole += split_draft(counted)
-        memory.merged = 0
-        return whole
+            whole += split_draft(numbered)
+        return replace(finding, drafts=whole, told=merged)
 
-    def _news(self, target: str, condition: str) -> bool:
-        conditions = self._memory(target).conditions
-        now = self._clock()
-        if conditions.get(condition, now - 1) > now:
-            return False
-        conditions[condition] = now + self._patience.again
-        return True
+    def _is_news(self, target: str, condition: str) -> bool:
+        return self._memories[target].conditions.get(condition, 0.0) <= self._clock()
 
-    def _memory(self, target: str) -> _Memory:
-        return self._memories.setdefault(target, _Memory())
+
+def concerns(target: Guarded, error: BlockError) -> bool:
+    """Return whether a failed request may be about sectors that the target uses."""
+    if error.request != target.request_based:
+        return False
+    return error.count == 0 or bool(_on_target(target, error.sector, error.count))
+
+
+def _others(question: Question, device: str) -> list[tuple[str, Draft]]:
+    """The events that tell of no sector, each with its condition."""
+    target = question.target.name
+    found = []
+    for operation, number in dict.fromkeys(question.others):
+        message = f"{target}: a {operation} of {device} failed: {os.strerror(number)}"
+        draft = Draft(events.DEVICE_ERROR, message, target, device, operation, errno=number)
+        found.append((f"{events.DEVICE_ERROR}/{operation}/{number}", draft))
+    return found
+
+
+def _unplaced(question: Question, device: str) -> list[tuple[str, Draft]]:
+    """The events of requests whose places were not kept, each with its condition."""
+    target = question.target.name
+    found = []
+    for (operation, number), times in question.unplaced.items():
+        message = (
+            f"{target}: {counted(times, f'more failed {operation}')} of {device} waited while it"
+            f" could not be asked, too many to keep their sectors: {os.strerror(number)}"
+        )
+        draft = Draft(events.OVERRUN, message, target, device, operation, errno=number)
+        found.append((f"{events.OVERRUN}/{operation}/{number}", draft))
+    return found
 
 
 def ask(
@@ -337,11 +429,7 @@ def _within(ranges: Iterable[tuple[int, int]], target: Guarded) -> list[tuple[in
     return [piece for item in ranges for piece in intersect_ranges(target.live, item)]
 
 
-def _current(items: Iterable[tuple[float, tuple[int, int]]], now: float) -> list[tuple[int, int]]:
-    return [item for until, item in items if until > now]
-
-
-def _sectors(ranges: Sequence[tuple[int, int]]) -> str:
-    total = sum(count for _unused, count in ranges)
-    text = f"{total} sector{'' if total == 1 else 's'} from {ranges[0][0]} on"
+def _sectors(ranges: Sequence[tuple[int, int]], device: str) -> str:
+    total = counted(sum(count for _unused, count in ranges), "sector")
+    text = f"{total} of {device} from {ranges[0][0]} on"
     return text if len(ranges) == 1 else f"{text} in {len(ranges)} places"

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gzip
 import importlib.util
 import json
 import sys
@@ -52,6 +53,16 @@ def event(sequence, **changes):
         "message": "text",
         **changes,
     }
+
+
+class Endless:
+    """Answers that never run out."""
+
+    def __init__(self, make):
+        self.make = make
+
+    def pop(self, _index):
+        return self.make()
 
 
 class FakeHost:
@@ -435,8 +446,82 @@ def test_a_strange_answer_is_an_outage_not_an_end(tmp_path, body):
     assert run(story())["sequence"] == 1
 
 
+NESTED = b'{"journal": ' + b"[" * 200_000
+
+
+@pytest.mark.parametrize(
+    "body", [NESTED, b'{"events": [' + b'{"a":' * 100_000, b"\xff" * 1_000_000]
+)
+def test_one_hosts_strange_answers_do_not_keep_the_source_from_another(tmp_path, body, caplog):
+    async def story():
+        (tmp_path / "bad").mkdir()
+        (tmp_path / "good").mkdir()
+        bad, host = FakeHost(tmp_path / "bad"), FakeHost(tmp_path / "good")
+        async with bad.listening(), host.listening():
+            bad.answers = Endless(lambda: web.Response(body=body))
+            hosts = [bad.entry("bad"), host.entry("good")]
+            async with running(host.arguments(hosts=hosts)) as take:
+                await until(lambda: len(bad.requests) > 2)
+                host.add(event(1))
+                found = await take()
+                # The bad one too, when it is itself again.
+                bad.answers = []
+                bad.add(event(1))
+                return found, await take()
+
+    found, later = run(story())
+    assert (found["host"], later["host"]) == ("good", "bad")
+    assert len(caplog.text) < 100_000
+
+
+def test_what_nobody_thought_of_is_an_outage_of_one_host(tmp_path, monkeypatch, caplog):
+    real = health.check_answer
+    raised = []
+
+    def check(raw):
+        if not raised:
+            raised.append(1)
+            raise RuntimeError("unheard of")
+        return real(raw)
+
+    monkeypatch.setattr(health, "check_answer", check)
+
+    async def story():
+        async with FakeHost(tmp_path).listening() as host:
+            host.add(event(1))
+            async with running(host.arguments()) as take:
+                return await take()
+
+    assert run(story())["sequence"] == 1
+    assert "unheard of" in caplog.text
+
+
+def answer(*events):
+    body = {"journal": JOURNAL, "cursor": len(events), "oldest": 1, "newest": len(events)}
+    return json.dumps({**body, "events": events}).encode()
+
+
+@pytest.mark.parametrize(
+    "strange",
+    [
+        {"body": answer(event(1), event(2), event(3))},
+        {"body": gzip.compress(answer(event(1))), "headers": {"Content-Encoding": "gzip"}},
+    ],
+    ids=["more than was asked for", "packed although plain was asked for"],
+)
+def test_an_answer_that_was_not_asked_for_is_refused(tmp_path, strange):
+    async def story():
+        async with FakeHost(tmp_path).listening() as host:
+            host.answers = [web.Response(body=answer()), web.Response(**strange)]
+            host.add(event(7))
+            async with running(host.arguments(limit=2)) as take:
+                return await take()
+
+    assert run(story())["sequence"] == 7
+
+
 def test_an_answer_without_end_is_cut_off(tmp_path, monkeypatch):
-    monkeypatch.setattr(health, "_MAX_ANSWER_BYTES", 10_000)
+    monkeypatch.setattr(health, "_MAX_EVENT_BYTES", 100)
 
     async def story():
         async with FakeHost(tmp_path).listening() as host:
@@ -623,8 +708,9 @@ def test_a_damaged_cursor_begins_again(tmp_path):
     file = health.CursorFile(tmp_path, "db1")
     file.save(health.Cursor(JOURNAL, 7))
     assert file.load() == health.Cursor(JOURNAL, 7)
-    file.path.write_text('{"journal": ')
-    assert file.load() == health.Cursor()
+    for text in ('{"journal": ', "[" * 200_000):
+        file.path.write_text(text)
+        assert file.load() == health.Cursor()
 
 
 def test_a_hosts_name_cannot_lead_out_of_the_cursor_directory(tmp_path):

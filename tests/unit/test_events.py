@@ -40,7 +40,9 @@ def test_subtraction_leaves_exactly_the_sectors_outside_the_holes(ranges, holes)
 
 @given(RANGES, st.tuples(st.integers(0, 60), st.integers(1, 40)))
 def test_intersection_keeps_exactly_the_sectors_inside(ranges, window):
-    assert points(intersect_ranges(ranges, window)) == points(ranges) & points([window])
+    found = intersect_ranges(merge_sectors(ranges), window)
+    assert points(found) == points(ranges) & points([window])
+    assert found == list(merge_sectors(found))
 
 
 def test_an_event_is_flat_and_complete():
@@ -67,21 +69,22 @@ def test_an_event_is_flat_and_complete():
     }
 
 
-def test_the_uuid_depends_on_host_boot_device_and_sequence_only():
+def test_the_uuid_depends_on_host_boot_device_sequence_and_time_only():
     draft = Draft(events.SECTOR_ERROR, "text", device="sdb")
 
-    def made(draft=draft, origin=ORIGIN, sequence=1):
-        return complete(draft, origin, sequence, 5)["uuid"]
+    def made(draft=draft, origin=ORIGIN, sequence=1, time_ns=5):
+        return complete(draft, origin, sequence, time_ns)["uuid"]
 
-    assert made() == complete(Draft(events.BLIND, "other", device="sdb"), ORIGIN, 1, 9)["uuid"]
+    assert made() == made(Draft(events.BLIND, "other", device="sdb"))
     different = {
         made(),
         made(sequence=2),
+        made(time_ns=6),
         made(draft=Draft(events.SECTOR_ERROR, "text", device="sdc")),
         made(origin=Origin("db1", uuid.UUID(int=7), "boot-b")),
         made(origin=Origin("db1", uuid.UUID(int=8), "boot-a")),
     }
-    assert len(different) == 5
+    assert len(different) == 6
 
 
 def test_times_before_the_first_microsecond_are_not_rounded_up():
@@ -102,3 +105,9 @@ def test_the_machine_id_does_not_leave_the_host(tmp_path):
     origin = local_origin("db1", str(tmp_path / "machine-id"), str(tmp_path / "boot_id"))
     assert origin.boot_id == "b-1"
     assert "0123456789abcdef" not in origin.host_id.hex
+
+
+def test_one_thing_has_no_plural():
+    found = [events.counted(number, "entry", "entries") for number in (0, 1, 2)]
+    assert found == ["0 entries", "1 entry", "2 entries"]
+    assert events.counted(2, "sector") == "2 sectors"

@@ -10,15 +10,20 @@ import sqlite3
 import stat
 import subprocess
 import sys
+import tempfile
 import uuid
 from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from dm_remap import events
+from dm_remap import journal as journal_module
 from dm_remap.errors import DmRemapError
 from dm_remap.events import Draft, Origin
-from dm_remap.journal import Journal
+from dm_remap.journal import DamagedJournal, Journal, move_aside
+from dm_remap.journal import failure as failed
 from dm_remap.tracing import BlockError
 
 ORIGIN = Origin("db1", uuid.UUID(int=7), "boot-a")
@@ -27,6 +32,10 @@ ROOT = Path(__file__).resolve().parents[2]
 
 def failure(sector, operation="read"):
     return BlockError(True, "8:16", operation, sector, 8, 5, False)
+
+
+def places(journal):
+    return [(item.error.sector, item.times) for item in journal.pending()]
 
 
 def draft(text="text"):
@@ -46,27 +55,40 @@ def journal(path):
 
 
 def test_identical_failures_are_written_once_with_their_number(journal):
-    found = journal.observe([failure(8), failure(16), failure(8)])
-    assert [(item.error.sector, item.times) for item in found] == [(8, 2), (16, 1)]
-    assert journal.pending() == found
+    assert journal.observe([failure(8), failure(16), failure(8)]) == 2
+    assert places(journal) == [(8, 2), (16, 1)]
+    # Also when they come later.
+    assert journal.observe([failure(8)]) == 2
+    assert places(journal) == [(8, 3), (16, 1)]
 
 
 def test_an_event_takes_its_failures_out_in_the_same_step(journal):
-    first, second = journal.observe([failure(8), failure(16)])
-    written, left = journal.append([draft()], [first.id], unexplained=[failure(12)])
+    journal.observe([failure(8), failure(16)])
+    first, second = journal.pending()
+    written, waiting = journal.append([draft()], [first], unexplained=[failure(12)])
     assert [event["sequence"] for event in written] == [1]
-    assert [item.error.sector for item in left] == [12]
-    assert [item.error.sector for item in journal.pending()] == [16, 12]
+    assert waiting == 2
+    assert places(journal) == [(16, 1), (12, 1)]
     assert second in journal.pending()
 
 
+def test_a_request_that_failed_again_meanwhile_still_waits(journal):
+    journal.observe([failure(8)])
+    explained = journal.pending()
+    journal.observe([failure(8), failure(8)])
+    journal.append([draft()], explained)
+    assert places(journal) == [(8, 2)]
+
+
 def test_a_failed_append_changes_nothing(journal):
-    (observation,) = journal.observe([failure(8)])
+    journal.observe([failure(8)])
+    (observation,) = journal.pending()
     broken = Draft("no such type", "text")
     with pytest.raises(KeyError):
-        journal.append([draft(), broken], [observation.id])
+        journal.append([draft(), broken], [observation], notes={"overruns": "1"})
     assert journal.pending() == [observation]
     assert journal.read(0, 10).events == []
+    assert journal.note("overruns") == ""
     assert journal.append([draft()])[0][0]["sequence"] == 1
 
 
@@ -99,9 +121,8 @@ def test_an_empty_journal_says_where_it_will_begin(journal):
 
 def test_a_restart_keeps_events_numbers_failures_and_the_journals_id(path):
     journal = Journal(path, ORIGIN)
-    journal.append([draft()])
+    journal.append([draft()], notes={"overruns": "12"})
     journal.observe([failure(8, "write")])
-    journal.remember("overruns", "12")
     identity = journal.id
     journal.close()
     again = Journal(path, ORIGIN)
@@ -157,14 +178,151 @@ def test_only_root_can_read_the_journal(journal, path):
 
 def test_a_damaged_file_is_refused_with_a_remedy(path):
     Path(path).write_bytes(b"this is not a database" * 100)
-    with pytest.raises(DmRemapError, match="move the file away"):
+    with pytest.raises(DamagedJournal, match="move the file away"):
         Journal(path, ORIGIN)
 
 
-def test_a_newer_journal_is_refused(path):
+def test_a_file_whose_pages_are_garbage_is_damaged(path):
+    journal = Journal(path, ORIGIN)
+    journal.append([draft()])
+    journal.close()
+    content = Path(path).read_bytes()
+    Path(path).write_bytes(content[:100] + bytes(255 for _unused in content[100:]))
+    with pytest.raises(DamagedJournal, match="malformed"):
+        Journal(path, ORIGIN)
+
+
+@pytest.mark.parametrize("suffixes", [("",), ("", "-wal"), ("", "-wal", "-shm")])
+def test_a_journal_is_moved_with_all_that_belongs_to_it(tmp_path, suffixes):
+    for suffix in suffixes:
+        (tmp_path / f"journal.db{suffix}").write_text(suffix)
+    move_aside(str(tmp_path / "journal.db"), str(tmp_path / "aside"))
+    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {
+        f"aside{suffix}": suffix for suffix in suffixes
+    }
+
+
+def test_a_journal_of_another_format_is_refused_but_not_damaged(path):
     Journal(path, ORIGIN).close()
     with sqlite3.connect(path) as database:
         database.execute("PRAGMA user_version = 9")
     database.close()
-    with pytest.raises(DmRemapError, match="format is 9"):
+    before = Path(path).read_bytes()
+    with pytest.raises(DmRemapError, match="has format 9, not 2") as caught:
         Journal(path, ORIGIN)
+    assert not isinstance(caught.value, DamagedJournal)
+    assert Path(path).read_bytes() == before
+
+
+def test_another_programs_database_is_not_taken_over(path):
+    with sqlite3.connect(path) as database:
+        database.execute("CREATE TABLE other (x)")
+    database.close()
+    before = Path(path).read_bytes()
+    with pytest.raises(DmRemapError, match="has format 0"):
+        Journal(path, ORIGIN)
+    assert Path(path).read_bytes() == before
+
+
+def fill(journal):
+    """Let SQLite find no room for another page, as on a full disk."""
+    pages = journal._database.execute("PRAGMA page_count").fetchone()[0]
+    journal._database.execute(f"PRAGMA max_page_count = {pages}")
+
+
+def test_a_full_disk_loses_nothing_that_was_there_and_damages_nothing(journal, path):
+    journal.observe([failure(8)])
+    journal.append([draft()])
+    fill(journal)
+    many = [draft("x" * 1000) for _unused in range(20)]
+    for _unused in range(2):
+        with pytest.raises(sqlite3.OperationalError, match="full") as caught:
+            journal.append(many, journal.pending())
+    assert not isinstance(failed(path, caught.value), DamagedJournal)
+    assert places(journal) == [(8, 1)]
+    journal._database.execute("PRAGMA max_page_count = 100000")
+    assert [event["sequence"] for event in journal.append(many)[0]][:2] == [2, 3]
+
+
+def test_a_locked_journal_can_be_used_when_the_lock_is_gone(journal, path):
+    holder = sqlite3.connect(path, isolation_level=None)
+    holder.execute("BEGIN IMMEDIATE")
+    journal._database.execute("PRAGMA busy_timeout = 0")
+    with pytest.raises(sqlite3.OperationalError, match="locked") as caught:
+        journal.observe([failure(8)])
+    assert not isinstance(failed(path, caught.value), DamagedJournal)
+    holder.close()
+    assert journal.observe([failure(8)]) == 1
+
+
+def test_what_another_boot_left_is_kept_apart(path):
+    old = Journal(path, Origin("db1", uuid.UUID(int=7), "boot-old"))
+    old.observe([failure(8, "write")])
+    old.close()
+    journal = Journal(path, ORIGIN)
+    journal.observe([failure(8, "write")])
+    assert len(journal.pending()) == len(journal.pending("8:16")) == len(journal.stale()) == 1
+    assert journal.pending("8:32") == []
+    assert journal.append([draft()], journal.stale())[1] == 1
+    assert (places(journal), journal.stale()) == ([(8, 1)], [])
+    journal.close()
+
+
+# A device that is not asked now
+
+
+RUNS = st.lists(
+    st.tuples(
+        st.integers(0, 400), st.integers(1, 9), st.sampled_from(["read", "write"]), st.booleans()
+    ),
+    max_size=40,
+)
+
+
+@given(st.lists(RUNS, max_size=4), st.integers(1, 12), st.integers(1, 12))
+def test_few_observations_stand_for_the_same_sectors_and_every_request(batches, many, places):
+    with pytest.MonkeyPatch.context() as patch, tempfile.TemporaryDirectory() as folder:
+        patch.setattr(journal_module, "_MANY", many)
+        patch.setattr(journal_module, "MAX_PLACES", places)
+        journal = Journal(os.path.join(folder, "journal.db"), ORIGIN)
+        journal._database.execute("PRAGMA synchronous = OFF")
+        failed_requests = []
+        for batch in batches:
+            errors = [
+                BlockError(request, "8:16", operation, sector, count, 5, False)
+                for sector, count, operation, request in batch
+            ]
+            failed_requests += errors
+            journal.observe(errors)
+        kept = journal.pending()
+        journal.close()
+
+    def points(errors, operation, request):
+        return {
+            sector
+            for error in errors
+            if (error.operation, error.request) == (operation, request)
+            for sector in range(error.sector, error.sector + error.count)
+        }
+
+    assert sum(item.times for item in kept) == len(failed_requests)
+    unplaced = [item for item in kept if not item.error.count]
+    assert len(kept) <= max(many, places) + len(unplaced)
+    assert len(unplaced) <= 4
+    for operation in ("read", "write"):
+        for request in (False, True):
+            known = points([item.error for item in kept], operation, request)
+            seen = points(failed_requests, operation, request)
+            assert known <= seen
+            if not unplaced:
+                assert known == seen
+
+
+def test_flushes_do_not_become_sectors(journal, monkeypatch):
+    monkeypatch.setattr(journal_module, "_MANY", 1)
+    flush = BlockError(True, "8:16", "flush", 0, 0, 5, False)
+    journal.observe([flush, failure(0), failure(8), flush])
+    assert sorted(
+        (item.error.operation, item.error.sector, item.error.count, item.times)
+        for item in journal.pending()
+    ) == [("flush", 0, 0, 2), ("read", 0, 16, 2)]

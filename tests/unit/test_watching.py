@@ -17,7 +17,7 @@ from dm_remap.inventory import Guarded
 from dm_remap.journal import Observation
 from dm_remap.probing import DeviceState
 from dm_remap.tracing import BlockError
-from dm_remap.watching import Patience, Watcher, ask
+from dm_remap.watching import Finding, Patience, Watcher, ask
 
 TARGET = Guarded("data", uuid.UUID(int=1), "8:17", "8:16", 256, 8192, ((0, 8192),), True, 3)
 
@@ -67,11 +67,17 @@ class Scene:
             number = rest[0] if rest else errno.EIO
             error = BlockError(True, "8:16", operation, 256 + sector, count, number, False)
             observations.append(Observation(1, 0, error, 1))
+        finding = self.find(observations)
+        self.watcher.confirm(finding)
+        return finding.drafts
+
+    def find(self, observations):
+        """Do what the daemon does up to its write to the journal."""
         question = self.watcher.question(self.target, observations)
-        if question is None:
-            return []
+        if not question.news:
+            return Finding(self.target.name, merged=question.requests)
         answer = ask(question, lambda: self.state, lambda: (self.disk, 1), self.clock, 10)
-        return self.watcher.drafts(question, answer, "sdb1")
+        return self.watcher.finding(question, answer, "sdb1")
 
 
 def only(drafts):
@@ -111,7 +117,7 @@ def test_a_failed_write_makes_its_whole_range_suspect_without_a_probe():
 def test_the_same_bad_sector_is_told_once_in_a_while():
     scene = Scene({20})
     assert scene.fail(("read", 20, 1))
-    assert scene.fail(("read", 20, 1)) == []
+    assert scene.fail(("read", 20, 1)) == ()
     scene.clock.now += 301
     draft = only(scene.fail(("read", 20, 1)))
     assert draft.merged == 1
@@ -121,7 +127,7 @@ def test_our_own_reads_of_a_bad_range_end_in_silence():
     scene = Scene({20})
     scene.fail(("read", 0, 64))
     before = scene.disk.reads
-    assert scene.fail(("read", 0, 64), ("read", 20, 1)) == []
+    assert scene.fail(("read", 0, 64), ("read", 20, 1)) == ()
     assert scene.disk.reads == before
 
 
@@ -136,21 +142,21 @@ def test_a_second_bad_sector_beside_a_known_one_is_told_later():
 def test_good_sectors_that_failed_beside_a_known_bad_one_are_no_news():
     scene = Scene({20})
     scene.fail(("read", 20, 1))
-    assert scene.fail(("read", 0, 64)) == []
+    assert scene.fail(("read", 0, 64)) == ()
     assert only(scene.fail(("read", 200, 64))).type == events.TRANSIENT_ERROR
 
 
 def test_a_remapped_place_tells_nothing():
     scene = Scene({20})
     scene.target = replace(TARGET, live=((0, 16), (32, 8160)))
-    assert scene.fail(("read", 20, 1)) == []
+    assert scene.fail(("read", 20, 1)) == ()
     assert scene.disk.reads == 0
 
 
 def test_errors_beside_the_main_on_the_same_disk_are_not_ours():
     scene = Scene({0})
-    assert scene.fail(("read", -256, 8)) == []
-    assert scene.fail(("read", 8192, 8)) == []
+    assert scene.fail(("read", -256, 8)) == ()
+    assert scene.fail(("read", 8192, 8)) == ()
 
 
 def test_a_request_across_the_mains_edge_is_cut():
@@ -174,7 +180,7 @@ def test_a_failed_flush_is_told_once_without_sectors():
     scene = Scene()
     draft = only(scene.fail(("flush", 0, 0)))
     assert (draft.type, draft.operation, draft.sectors) == (events.DEVICE_ERROR, "flush", ())
-    assert scene.fail(("flush", 0, 0)) == []
+    assert scene.fail(("flush", 0, 0)) == ()
 
 
 @pytest.mark.parametrize("state", [DeviceState.GONE, DeviceState.OFFLINE])
@@ -190,7 +196,7 @@ def test_a_disk_that_reads_nothing_at_all_is_lost_and_not_asked_again_at_once():
     scene = Scene(range(8192))
     assert only(scene.fail(("write", 40, 8))).type == events.DEVICE_LOST
     before = scene.disk.reads
-    assert scene.fail(("read", 0, 1), ("read", 2730, 1), ("read", 8191, 1)) == []
+    assert scene.fail(("read", 0, 1), ("read", 2730, 1), ("read", 8191, 1)) == ()
     assert scene.disk.reads == before
 
 
@@ -201,7 +207,8 @@ def test_a_disk_that_vanishes_during_the_probe_is_lost():
         TARGET, [Observation(1, 0, BlockError(True, "8:16", "read", 256, 8, 5, False), 1)]
     )
     answer = ask(question, lambda: next(states), lambda: (scene.disk, 1), scene.clock, 10)
-    assert only(scene.watcher.drafts(question, answer, "sdb")).type == events.DEVICE_LOST
+    finding = scene.watcher.finding(question, answer, "sdb")
+    assert only(finding.drafts).type == events.DEVICE_LOST
     assert scene.disk.closed
 
 
@@ -236,7 +243,7 @@ def test_a_slow_probe_stops_in_time_and_leaves_the_rest_unread():
     assert answer.result.bad == ((0, 1),)
     assert answer.result.unread == ((1, 255),)
     # Failed reads of the part that is still to be probed are not old news.
-    scene.watcher.drafts(question, answer, "sdb1")
+    scene.watcher.confirm(scene.watcher.finding(question, answer, "sdb1"))
     again = scene.watcher.question(
         TARGET, [Observation(2, 0, BlockError(True, "8:16", "read", 257, 255, 5, False), 1)]
     )
@@ -250,31 +257,137 @@ def test_whole_physical_blocks_are_told_but_none_beyond_what_main_serves():
         scene.target, [Observation(1, 0, BlockError(True, "8:16", "read", 276, 1, 5, False), 1)]
     )
     answer = ask(question, lambda: DeviceState.LIVE, lambda: (scene.disk, 8), scene.clock, 10)
-    draft = only(scene.watcher.drafts(question, answer, "sdb1"))
+    draft = only(scene.watcher.finding(question, answer, "sdb1").drafts)
     assert draft.sectors == ((16, 6),)
 
 
 def test_bios_count_where_the_main_serves_bios_and_requests_where_it_serves_requests():
     scene = Scene({20})
     bio = BlockError(False, "8:16", "read", 276, 1, 5, False)
-    assert scene.watcher.question(TARGET, [Observation(1, 0, bio, 1)]) is None
+    assert not scene.watcher.question(TARGET, [Observation(1, 0, bio, 1)]).news
     stacked = replace(TARGET, request_based=False)
     assert scene.watcher.question(stacked, [Observation(1, 0, bio, 1)]).reads == [(20, 1)]
 
 
 def test_a_slow_disk_is_told_once_in_a_while():
     scene = Scene()
-    assert only(scene.watcher.slow(TARGET, "sdb1")).type == events.DEVICE_SLOW
-    assert scene.watcher.slow(TARGET, "sdb1") == []
+    finding = scene.watcher.slow(TARGET, "sdb1")
+    assert only(finding.drafts).type == events.DEVICE_SLOW
+    scene.watcher.confirm(finding)
+    assert scene.watcher.slow(TARGET, "sdb1").drafts == ()
 
 
 def test_what_an_old_journal_reported_is_not_told_again():
     scene = Scene({20})
     scene.watcher.remember("data", "read", [(20, 1)])
-    assert scene.fail(("read", 20, 1)) == []
+    assert scene.fail(("read", 20, 1)) == ()
 
 
 def test_read_and_write_errors_of_one_burst_share_the_counts():
     drafts = Scene({20}).fail(("read", 20, 1), ("write", 40, 8))
     assert [draft.operation for draft in drafts] == ["read", "write"]
     assert sum(draft.requests for draft in drafts) == 2
+
+
+def test_what_did_not_reach_the_journal_is_said_again():
+    scene = Scene({20})
+    requests = [("read", 0, 64), ("write", 100, 8), ("flush", 0, 0)]
+    observations = [
+        Observation(1, 0, BlockError(True, "8:16", what, 256 + start, count, 5, False), 1)
+        for what, start, count in requests
+    ]
+    first = scene.find(observations)
+    assert len(first.drafts) == 3
+    assert scene.find(observations) == first
+    scene.watcher.confirm(first)
+    assert scene.find(observations).drafts == ()
+
+
+@pytest.mark.parametrize("state", [DeviceState.GONE, DeviceState.LIVE])
+def test_a_lost_device_that_did_not_reach_the_journal_is_said_again(state):
+    scene = Scene(range(8192))
+    scene.state = state
+    error = BlockError(True, "8:16", "read", 300, 8, 5, False)
+    first = scene.find([Observation(1, 0, error, 1)])
+    assert only(first.drafts).type == events.DEVICE_LOST
+    assert scene.find([Observation(1, 0, error, 1)]) == first
+
+
+def test_a_slow_disk_that_did_not_reach_the_journal_is_said_again():
+    scene = Scene()
+    assert scene.watcher.slow(TARGET, "sdb1") == scene.watcher.slow(TARGET, "sdb1")
+
+
+def test_requests_count_as_merged_once_although_the_journal_failed_before():
+    scene = Scene({20})
+    assert scene.fail(("read", 20, 1))
+    error = BlockError(True, "8:16", "read", 276, 1, 5, False)
+    scene.find([Observation(1, 0, error, 1)])
+    scene.watcher.confirm(scene.find([Observation(1, 0, error, 1)]))
+    assert only(scene.fail(("write", 100, 8))).merged == 1
+    assert only(scene.fail(("write", 200, 8))).merged == 0
+
+
+def test_requests_without_a_place_are_told_with_their_number():
+    scene = Scene()
+    error = BlockError(True, "8:16", "write", 0, 0, 5, False)
+    finding = scene.find([Observation(1, 0, error, 12)])
+    draft = only(finding.drafts)
+    assert (draft.type, draft.operation, draft.sectors) == (events.OVERRUN, "write", ())
+    assert draft.requests == 12
+    assert "12 more failed writes of sdb1" in draft.message
+
+
+def test_each_event_has_the_errno_of_its_own_operation():
+    drafts = Scene().fail(
+        ("flush", 0, 0, errno.ENOSPC), ("write", 40, 8, errno.EREMOTEIO), ("read", 20, 1, 61)
+    )
+    assert [(draft.operation, draft.errno) for draft in drafts] == [
+        ("read", 61),
+        ("write", errno.EREMOTEIO),
+        ("flush", errno.ENOSPC),
+    ]
+
+
+def test_messages_name_the_device_before_the_place():
+    scene = Scene({20, 21, 30})
+    assert only(scene.fail(("read", 20, 2))).message == (
+        "data: 2 sectors of sdb1 from 20 on cannot be read"
+    )
+    assert only(scene.fail(("write", 40, 1), ("write", 50, 1))).message == (
+        "data: 2 sectors of sdb1 from 40 on in 2 places could not be written"
+    )
+
+
+def test_old_news_is_forgotten_when_its_time_is_over():
+    scene = Scene()
+    for number in range(1000):
+        scene.clock.now += 301
+        scene.watcher.remember("data", "read", [(number * 10, 1)])
+    assert len(scene.watcher._memories["data"].reported["read"]._items) == 1
+
+
+def test_a_burst_beside_much_old_news_is_not_compared_pair_by_pair(monkeypatch):
+    counting = []
+
+    class Pair(tuple):
+        """A range that counts how often it is looked at."""
+
+        __slots__ = ()
+
+        def __iter__(self):
+            counting.append(1)
+            return super().__iter__()
+
+    known, burst = 5000, 500
+    scene = Scene()
+    live = tuple(Pair((number * 16, 15)) for number in range(known))
+    scene.target = replace(TARGET, sectors=known * 16, live=live)
+    scene.watcher.remember("data", "read", [Pair((number * 16, 1)) for number in range(known)])
+    failed = [
+        Observation(1, 0, BlockError(True, "8:16", "read", 256 + number * 16, 8, 5, False), 1)
+        for number in range(burst)
+    ]
+    question = scene.watcher.question(scene.target, failed)
+    assert len(question.beside) == burst
+    assert len(counting) < 10 * (known + burst)

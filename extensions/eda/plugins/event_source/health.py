@@ -118,7 +118,9 @@ EXAMPLES = r"""
 LOG = logging.getLogger(__name__)
 
 SCHEMA = 1
-_MAX_ANSWER_BYTES = 16 << 20
+# The longest event that a daemon writes has less than half of it.
+_MAX_EVENT_BYTES = 64 << 10
+_MAX_REASON = 500
 _RESCAN_SECONDS = 10.0
 _FIRST_DELAY, _LONGEST_DELAY = 0.5, 30.0
 _CONNECT_SECONDS = 10.0
@@ -279,7 +281,7 @@ def all_hosts(arguments: Arguments) -> dict[str, Host]:
     if arguments.hosts_directory:
         for path in sorted(arguments.hosts_directory.glob("*.json")):
             try:
-                found.append(check_host(json.loads(path.read_text(encoding="utf-8"))))
+                found.append(check_host(parse_json(path.read_text(encoding="utf-8"))))
             except (OSError, ValueError) as error:
                 raise BadConfiguration(f"{path}: {error}") from error
     by_name: dict[str, Host] = {}
@@ -307,6 +309,18 @@ def credentials_of(host: Host) -> tuple[ssl.SSLContext, str]:
     return context, token
 
 
+def parse_json(text: str | bytes) -> Any:
+    """Parse JSON.
+
+    Raises:
+        ValueError: it is none, or it is nested too deeply.
+    """
+    try:
+        return json.loads(text)
+    except RecursionError as error:
+        raise ValueError("nested too deeply") from error
+
+
 # Cursors
 
 
@@ -324,7 +338,7 @@ class CursorFile:
     def load(self) -> Cursor:
         """Return the cursor; a missing or damaged file gives the beginning."""
         try:
-            values = json.loads(self.path.read_text(encoding="utf-8"))
+            values = parse_json(self.path.read_text(encoding="utf-8"))
             return Cursor(str(values["journal"]), int(values["position"]))
         except FileNotFoundError:
             return Cursor()
@@ -471,7 +485,7 @@ def check_answer(raw: bytes) -> Answer:
         BadAnswer: it is not what dm-remapd answers.
     """
     try:
-        values = json.loads(raw)
+        values = parse_json(raw)
         answer = Answer(
             values["journal"],
             values["cursor"],
@@ -480,7 +494,8 @@ def check_answer(raw: bytes) -> Answer:
             values["events"],
         )
     except (ValueError, KeyError, TypeError) as error:
-        raise BadAnswer(f"not an answer of dm-remapd: {error!r}") from error
+        # Not its repr, which may hold all of the answer.
+        raise BadAnswer(f"not an answer of dm-remapd: {type(error).__name__}: {error}") from error
     numbers = (answer.cursor, answer.oldest, answer.newest)
     if not all(map(_count, numbers)) or not isinstance(answer.events, list):
         raise BadAnswer("not an answer of dm-remapd")
@@ -553,12 +568,15 @@ class Follower:
         self._delay = _FIRST_DELAY
 
     async def run(self) -> None:
-        """Follow for ever; a lost connection is no reason to end."""
+        """Follow for ever; neither a lost connection nor what a host sends is a reason to end."""
         self._cursor = await asyncio.to_thread(self._file.load)
         while True:
             try:
                 await self._connect()
             except _transport_errors() as error:
+                await self._lost(error)
+            except Exception as error:
+                LOG.exception("%s: unexpected", self._host.name)
                 await self._lost(error)
 
     async def _connect(self) -> None:
@@ -570,8 +588,10 @@ class Follower:
         )
         async with aiohttp.ClientSession(
             connector=aiohttp.TCPConnector(ssl=context, limit=1),
-            headers={"Authorization": f"Bearer {token}"},
+            headers={"Authorization": f"Bearer {token}", "Accept-Encoding": "identity"},
             timeout=timeout,
+            # A small answer that unpacks to a huge one would pass the limit before it is seen.
+            auto_decompress=False,
         ) as session:
             # The first answer comes at once, to tell whether the journal is still the same one.
             wait = 0
@@ -595,9 +615,13 @@ class Follower:
             raw = bytearray()
             async for piece in response.content.iter_any():
                 raw += piece
-                if len(raw) > _MAX_ANSWER_BYTES:
+                if len(raw) > _MAX_EVENT_BYTES * (self._arguments.limit + 1):
                     raise BadAnswer("an answer without end")
-            return check_answer(bytes(raw))
+        # In a thread, because other hosts must not wait for a long one.
+        answer = await asyncio.to_thread(check_answer, bytes(raw))
+        if len(answer.events) > self._arguments.limit:
+            raise BadAnswer("more events than were asked for")
+        return answer
 
     async def _take(self, answer: Answer) -> None:
         if answer.journal != self._cursor.journal:
@@ -651,7 +675,7 @@ class Follower:
 
     async def _lost(self, error: BaseException) -> None:
         now = time.monotonic()
-        reason = plain_text(str(error) or type(error).__name__)
+        reason = plain_text((str(error) or type(error).__name__)[:_MAX_REASON])
         if self._silent_since is None:
             self._silent_since = now
             LOG.warning("%s: %s", self._host.name, reason)
