@@ -615,9 +615,17 @@ def test_waiting_ends_with_the_next_event(scene):
 
 def test_waiting_ends_when_the_daemon_stops(scene):
     async def story():
+        asked = asyncio.Event()
         async with scene.running() as it:
+            page = it.page
+
+            def noted(*arguments):
+                asked.set()
+                return page(*arguments)
+
+            it.page = noted
             waiting = asyncio.ensure_future(scene.get_json(it, "/v1/events?after=1&wait=60"))
-            await scene.get(it, "/v1/health")
+            await asked.wait()
         return await waiting
 
     assert run(story())["events"] == []
