@@ -62,7 +62,7 @@ def failure(path: str, error: Exception) -> DmRemapError:
     """
     # The module sqlite3 has a class of its own for every failure but damage (SQLITE_CORRUPT and
     # SQLITE_NOTADB). ValueError: an event is not JSON.
-    if type(error) is sqlite3.DatabaseError or isinstance(error, ValueError):
+    if error.__class__ is sqlite3.DatabaseError or isinstance(error, ValueError):
         return DamagedJournal(
             f"the journal is damaged: {error}",
             device=path,
