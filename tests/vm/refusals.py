@@ -9,6 +9,7 @@
 from __future__ import annotations
 
 import lzma
+import struct
 import uuid
 import zlib
 from collections.abc import Iterator
@@ -200,11 +201,15 @@ def write_parts_image(image: Path) -> None:
 
 
 def _btrfs_superblock() -> bytes:
-    """As much of it as blkid looks at: checksum (CRC-32C), byte 64 the magic.
+    """As much of it as blkid looks at, with its checksum (CRC-32C).
 
     struct btrfs_super_block in include/uapi/linux/btrfs_tree.h.
     """
-    rest = bytes(32) + b"_BHRfS_M" + bytes(4096 - 72)
+    block = bytearray(4096)
+    struct.pack_into("<16sQQ8s", block, 32, uuid.uuid4().bytes, 65536, 0, b"_BHRfS_M")
+    total_bytes, devices, sector_size, node_size = 64 << 20, 1, 4096, 16384
+    struct.pack_into("<Q16xQII", block, 112, total_bytes, devices, sector_size, node_size)
+    rest = bytes(block[32:])
     crc = 0xFFFFFFFF
     for byte in rest:
         crc ^= byte
