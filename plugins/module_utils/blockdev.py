@@ -50,7 +50,8 @@ class DeviceInfo:
 
     Sizes are in sectors of 512 bytes, block sizes in bytes. ``disk`` is the device number of the
     whole disk, which is the device's own unless it is a partition; ``start`` is the partition's
-    first sector on it.
+    first sector on it. ``bus`` is how the disk is attached (``ata``, ``scsi``, ``nvme``,
+    ``virtio``), or empty.
     """
 
     path: str
@@ -65,6 +66,7 @@ class DeviceInfo:
     model: str
     read_only: bool
     used_by: tuple[Use, ...]
+    bus: str = ""
 
     @property
     def block_sectors(self) -> int:
@@ -221,7 +223,14 @@ def describe(path: str) -> DeviceInfo:
         model=database.get("ID_MODEL", ""),
         read_only=_read(folder, "ro") == "1",
         used_by=tuple(_users(folder, whole) or _exclusive_user(path)),
+        bus=database.get("ID_BUS") or _bus_of(os.path.basename(whole)),
     )
+
+
+def _bus_of(name: str) -> str:
+    """How a disk is attached, by its kernel name; SCSI and ATA disks share theirs."""
+    buses = {"nvme": "nvme", "vd": "virtio", "sd": "scsi"}
+    return next((bus for prefix, bus in buses.items() if name.startswith(prefix)), "")
 
 
 def node_of(devno: str) -> str:

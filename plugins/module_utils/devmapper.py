@@ -23,6 +23,8 @@ _SUSPEND, _RESUME, _INFO, _DEPS = 4, 5, 6, 7
 _VERSION, _STATUS, _TABLE, _LIST, _CLEAR = 9, 10, 11, 13, 14
 _LIST_VERSIONS, _MESSAGE = 16, 17
 
+_QUEUE_TIMEOUT = "/sys/module/dm_multipath/parameters/queue_if_no_path_timeout_secs"
+
 _UDEV_DISABLE_DISK_RULES = 0x0004
 _UDEV_DISABLE_OTHER_RULES = 0x0008
 # Private devices get a node, but no by-uuid links and no probing by other subsystems.
@@ -362,6 +364,30 @@ class DeviceMapper:
             self._run(task, name, "send a message to")
             response = self._library.dm_task_get_message_response(task)
             return response.decode() if response else ""
+
+    def arm_queue_timeout(self, seconds: int) -> int:
+        """Limit how long multipath devices hold I/O, unless there is a limit; the one that holds.
+
+        It is one for the host (queue_if_no_path_timeout_secs of dm-multipath), so what somebody
+        else set stays.
+
+        Raises:
+            MissingKernelFeature: the module is not loaded, or has no such limit.
+        """
+        try:
+            with open(_QUEUE_TIMEOUT, encoding="ascii") as file:
+                present = int(file.read())
+            if present:
+                return present
+            with open(_QUEUE_TIMEOUT, "w", encoding="ascii") as file:
+                file.write(str(seconds))
+        except OSError as error:
+            raise MissingKernelFeature(
+                f"held I/O cannot be given a limit: {error.strerror}",
+                device=_QUEUE_TIMEOUT,
+                remedy="load dm-multipath of Linux 5.4 or newer, or use on_error: fail",
+            ) from error
+        return seconds
 
     def dependencies(self, name: str) -> list[str]:
         """Device numbers (``major:minor``) that the live table of ``name`` uses."""

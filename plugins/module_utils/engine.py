@@ -10,42 +10,36 @@ import ctypes
 import errno
 import fcntl
 import os
-import re
 import subprocess
 import time
 import uuid
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
-from . import blockdev, copies, extents, mapping, planner, pool
+from . import blockdev, copies, extents, mapping, planner, pool, stack
 from .blockdev import SECTOR_BYTES, DeviceInfo
 from .devmapper import DeviceMapper, MappedDevice, Segment, check_name
 from .errors import DmRemapError, Refused
 from .events import hashed_machine_id, intersect_ranges
 from .format import Extent, Geometry, Metadata, geometry_of, pack_slot, spare_uuid_of
-from .planner import (
-    UUID_PREFIX,
-    ActiveSpare,
-    ActiveTarget,
-    Candidate,
-    Plan,
-    Request,
-    Seen,
-    spare_name,
-)
+from .freezing import FREEZE_SECONDS, Freezer, held_chunks
+from .planner import ActiveSpare, ActiveTarget, Candidate, Plan, Request, Seen
 from .probing import MEDIUM_ERRORS, answers
 from .salvage import Outcome, Patience, Salvage, salvage
 
 LOCK_DIR = "/run/dm-remap"
 BACKUP_DIR = "/var/lib/dm-remap/backup"
 BACKUPS_KEPT = 16
+# How long the kernel holds failed I/O that nobody heals.
+HOLD_SECONDS = 120
 
-_TARGET_UUID = re.compile(re.escape(UUID_PREFIX) + r"([0-9a-f]{32})\Z")
-_STATS_PROGRAM = "dm_remap"
-_ATTEMPTS = 3
+# The daemon's reflex holds a lock on this file in the lock folder while it runs.
+HEALER_LOCK = ".healer.lock"
+
+_KERNEL_TARGETS = ("integrity", "delay", "multipath")
 # A spare on which so many chosen places are bad is not used for the remap.
 _BAD_PLACES = 3
 _MCL_CURRENT, _MCL_FUTURE = 1, 2
@@ -100,6 +94,12 @@ class Mapper(Protocol):
 
     def table(self, name: str) -> list[Segment]:
         """Its live table."""
+
+    def status(self, name: str) -> list[Segment]:
+        """Its live status."""
+
+    def arm_queue_timeout(self, seconds: int) -> int:
+        """Set the kernel's limit for held I/O, unless it has one."""
 
     def create(self, name: str, uuid: str, segments: Iterable[Segment], private: bool) -> None:
         """Create a mapped device and wait for udev."""
@@ -159,7 +159,7 @@ class RemapReport:
         chunks: what became of the chunks.
         lost_before: sectors of chunks that were on a spare already, which still cannot be read.
         salvage_seconds: reading main and writing spares.
-        pause_seconds: how long I/O to the chunks and flushes had to wait.
+        pause_seconds: how long I/O to the chunks had to wait.
         seconds: all of it.
     """
 
@@ -193,16 +193,7 @@ class _Work:
     extent: Extent
     start: int
     length: int
-    region: str
     salvage: Salvage
-
-
-class _Dirty(Exception):
-    """A spare chunk holds an old version of a sector that was lost since."""
-
-    def __init__(self, places: Sequence[tuple[int, int]]) -> None:
-        super().__init__()
-        self.places = places
 
 
 class Engine:
@@ -236,6 +227,7 @@ class Engine:
         self._lock_dir = lock_dir
         self._backup_dir = backup_dir
         self._guard = guard
+        self._freezer = Freezer(self._mapper, self._step)
 
     # Observation
 
@@ -244,13 +236,15 @@ class Engine:
 
         Raises:
             Refused: not root.
-            MissingKernelFeature: no device-mapper, or no integrity target.
+            MissingKernelFeature: no device-mapper, or one of its targets is missing.
         """
         if os.geteuid() != 0:
             raise Refused("only root can do this", remedy="become root")
-        if "integrity" not in self._mapper.kernel_targets():
-            subprocess.run(["modprobe", "dm-integrity"], capture_output=True, check=False)
-        self._mapper.check_available(("linear", "integrity"))
+        known = self._mapper.kernel_targets()
+        for target in _KERNEL_TARGETS:
+            if target not in known:
+                subprocess.run(["modprobe", f"dm-{target}"], capture_output=True, check=False)
+        self._mapper.check_available(("linear", *_KERNEL_TARGETS))
 
     @contextlib.contextmanager
     def locked(self, name: str) -> Iterator[None]:
@@ -277,7 +271,7 @@ class Engine:
         found = []
         for name in sorted(self._mapper.names()):
             info = self._mapper.info(name)
-            if info and info.live_table and _TARGET_UUID.match(info.uuid):
+            if info and info.live_table and stack.TARGET_UUID.match(info.uuid):
                 found.append(name)
         return found
 
@@ -292,15 +286,13 @@ class Engine:
         device = self._mapper.info(name)
         if device is None or not device.live_table:
             return None
-        if not _TARGET_UUID.match(device.uuid):
+        if not stack.TARGET_UUID.match(device.uuid):
             raise Refused(
                 "is a mapped device of something else",
                 device=f"/dev/mapper/{name}",
                 remedy="choose another name",
             )
-        table = tuple(self._mapper.table(name))
         spares = self._active_spares(device)
-        frozen = self._frozen(device)
         if not spares:
             raise DmRemapError(
                 "is active without any spare",
@@ -308,14 +300,46 @@ class Engine:
                 remedy="stop what uses it, remove it with dmsetup, and run the target module again",
             )
         choice = copies.choose({s.candidate.info.path: s.candidate.survey for s in spares})
-        own = {spare.devno for spare in spares} | ({frozen.devno} if frozen else set())
-        mains = [
-            mapping.linear_target(segment)[0]
-            for segment in table
-            if segment.target == "linear" and mapping.linear_target(segment)[0] not in own
-        ]
+        upper, path = self._map_of(device)
+        table = tuple(self._mapper.table(upper.name))
+        shim = self._part(device, stack.shim_name(name))
+        frozen = self._part(device, stack.frozen_name(name))
+        used = {mapping.linear_target(s)[0] for s in table if s.target == "linear"}
+        own = {spare.devno for spare in spares}
+        own |= {part.devno for part in (shim, frozen) if part}
+        mains = [devno for devno in used if devno not in own] or self._lower_mains(name, own)
         main = self._blocks.describe(self._blocks.node_of(mains[0])) if mains else None
-        return ActiveTarget(device, table, main, spares, choice, frozen)
+        return ActiveTarget(
+            device=device,
+            map=upper,
+            table=table,
+            main=main,
+            spares=spares,
+            choice=choice,
+            path=path,
+            shim=shim if shim and shim.devno in used else None,
+            frozen=frozen if frozen and frozen.devno in used else None,
+        )
+
+    def _map_of(self, device: MappedDevice) -> tuple[MappedDevice, stack.PathState | None]:
+        """The device whose table is the map, and the state of the path that holds I/O above it."""
+        hold = self._part(device, stack.hold_name(device.name))
+        upper = self._part(device, stack.map_name(device.name))
+        if hold is None or upper is None:
+            return device, None
+        if hold.devno not in self._mapper.dependencies(device.name):
+            return device, None
+        (status,), (table,) = self._mapper.status(hold.name), self._mapper.table(hold.name)
+        return upper, stack.path_state(status, table)
+
+    def _lower_mains(self, name: str, own: Collection[str]) -> list[str]:
+        """Main's device number where only the shim or the freezing devices lead to it."""
+        found = []
+        for part in (stack.shim_name(name), stack.place_name(name)):
+            device = self._mapper.info(part)
+            if device and device.live_table:
+                found += [d for d in self._mapper.dependencies(part) if d not in own]
+        return found
 
     def require(self, name: str) -> ActiveTarget:
         """Like `observe`, but a target that is not active is refused."""
@@ -344,12 +368,24 @@ class Engine:
             taken=() if target else tuple(self._taken(name)),
             main=self._blocks.describe(main) if main else None,
             candidates=tuple(candidates),
+            healer=self.healer_runs(),
         )
+
+    def healer_runs(self) -> bool:
+        """Whether the daemon that heals held I/O runs on this host."""
+        try:
+            with open(os.path.join(self._lock_dir, HEALER_LOCK), encoding="ascii") as file:
+                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+        except OSError:
+            return False
+        return False
 
     def _spares_of(self, name: str, remains: Sequence[str]) -> Iterator[str]:
         """Nodes of the spares that remaining devices of target ``name`` use."""
-        for index in range(planner.MAX_SPARES):
-            device = _data_name(name, index)
+        for index in range(stack.MAX_SPARES):
+            device = stack.data_name(name, index)
             if device in remains and self._existing(device).live_table:
                 yield self._below(device)
 
@@ -369,11 +405,11 @@ class Engine:
 
     def _active_spares(self, target: MappedDevice) -> tuple[ActiveSpare, ...]:
         found = []
-        for index in range(planner.MAX_SPARES):
-            device = self._part(target, spare_name(target.name, index))
+        for index in range(stack.MAX_SPARES):
+            device = self._part(target, stack.spare_name(target.name, index))
             if device is None or not device.live_table:
                 continue
-            path = self._below(_data_name(target.name, index))
+            path = self._below(stack.data_name(target.name, index))
             candidate = self._candidate(path, with_signatures=False)
             found.append(ActiveSpare(index, device.devno, candidate))
         return tuple(found)
@@ -385,11 +421,8 @@ class Engine:
     def _part(self, target: MappedDevice, name: str) -> MappedDevice | None:
         """The target's own mapped device ``name``; somebody else's of that name is left alone."""
         device = self._mapper.info(name)
-        own = target.uuid + name[len(target.name) :]
+        own = stack.part_uuid(target.uuid, target.name, name)
         return device if device and device.uuid == own else None
-
-    def _frozen(self, target: MappedDevice) -> MappedDevice | None:
-        return self._part(target, _frozen_name(target.name))
 
     def _remains(self, name: str) -> list[str]:
         """Our mapped devices under ``name`` that no live target uses, upper ones first."""
@@ -404,14 +437,11 @@ class Engine:
 
         The UUID decides: another target may be called like one of this target's parts.
         """
-        parts = [name, _frozen_name(name)]
-        for index in range(planner.MAX_SPARES):
-            parts += [spare_name(name, index), _data_name(name, index), _tags_name(name, index)]
-        for part in parts:
+        for part in stack.part_names(name):
             device = self._mapper.info(part)
             if device:
-                head, suffix = device.uuid[: len(UUID_PREFIX) + 32], part[len(name) :]
-                yield part, bool(_TARGET_UUID.match(head)) and device.uuid == head + suffix
+                head, suffix = device.uuid[: len(stack.UUID_PREFIX) + 32], part[len(name) :]
+                yield part, bool(stack.TARGET_UUID.match(head)) and device.uuid == head + suffix
 
     def _existing(self, name: str) -> MappedDevice:
         device = self._mapper.info(name)
@@ -473,8 +503,8 @@ class Engine:
         info = plan.spares[index]
         name, prefix = plan.name, _dm_uuid(metadata)
         pieces = (
-            (_tags_name(name, index), "tags", geometry.tag_start, geometry.tag_sectors),
-            (_data_name(name, index), "data", geometry.data_start, geometry.data_sectors),
+            (stack.tags_name(name, index), "tags", geometry.tag_start, geometry.tag_sectors),
+            (stack.data_name(name, index), "data", geometry.data_start, geometry.data_sectors),
         )
         below = {}
         for device_name, role, start, length in pieces:
@@ -492,7 +522,7 @@ class Engine:
         ]
         params = f"{below['data']} 0 - J {len(options)} {' '.join(options)}"
         self._mapper.create(
-            spare_name(name, index),
+            stack.spare_name(name, index),
             f"{prefix}-spare{index}",
             [Segment(0, geometry.data_sectors, "integrity", params)],
             private=True,
@@ -501,9 +531,9 @@ class Engine:
     def _do_deactivate_spare(self, plan: Plan, action: planner.Action) -> None:
         index = _index_of(plan, action.device)
         for name in (
-            spare_name(plan.name, index),
-            _data_name(plan.name, index),
-            _tags_name(plan.name, index),
+            stack.spare_name(plan.name, index),
+            stack.data_name(plan.name, index),
+            stack.tags_name(plan.name, index),
         ):
             self._mapper.remove(name)
 
@@ -526,25 +556,129 @@ class Engine:
     def _do_create_target(self, plan: Plan, action: planner.Action) -> None:
         if plan.main is None:
             raise AssertionError("a plan that creates a target has a main")
+        name, metadata, main = plan.name, _metadata_of(plan), plan.main
         spares = {
-            index: self._existing(spare_name(plan.name, index)).devno for index in plan.spares
+            index: self._existing(stack.spare_name(name, index)).devno for index in plan.spares
         }
-        metadata = _metadata_of(plan)
-        config = metadata.config
-        table = mapping.build_table(
-            config["main"]["sectors"],
-            config["chunk_sectors"],
-            plan.main.devno,
-            metadata.extents,
-            spares,
+        upper_main, flushed = main.devno, ""
+        if planner.shim_of(metadata) == planner.RAID_SHIM:
+            upper_main = self._create_part(
+                metadata,
+                name,
+                stack.shim_name(name),
+                stack.shim_table(metadata.config["main"]["sectors"], main.devno),
+            )
+            flushed = main.devno
+        table = planner.map_table(metadata, upper_main, spares, flushed)
+        if metadata.config["on_error"] == planner.HOLD:
+            table = self._create_hold(metadata, name, table)
+        self._mapper.create(name, _dm_uuid(metadata), table, private=False)
+
+    def _create_part(
+        self, metadata: Metadata, name: str, part: str, table: Sequence[Segment]
+    ) -> str:
+        """Create a device that only the target uses; its device number."""
+        self._mapper.create(
+            part, stack.part_uuid(_dm_uuid(metadata), name, part), table, private=True
         )
-        self._mapper.create(plan.name, _dm_uuid(metadata), table, private=False)
+        return self._existing(part).devno
+
+    def _create_hold(
+        self, metadata: Metadata, name: str, table: Sequence[Segment]
+    ) -> list[Segment]:
+        """Create the map, and above it what holds failed I/O; the table for the target."""
+        self._mapper.arm_queue_timeout(HOLD_SECONDS)
+        sectors = metadata.config["main"]["sectors"]
+        upper = self._create_part(metadata, name, stack.map_name(name), table)
+        hold = self._create_part(
+            metadata, name, stack.hold_name(name), stack.hold_table(sectors, upper)
+        )
+        return stack.whole_table(sectors, hold)
 
     def _do_remove_target(self, plan: Plan, action: planner.Action) -> None:
+        target = self._existing(plan.name)
         self._mapper.remove(plan.name)
+        self._remove_parts(
+            target,
+            stack.hold_name(plan.name),
+            stack.map_name(plan.name),
+            stack.frozen_name(plan.name),
+            stack.place_name(plan.name),
+            stack.shim_name(plan.name),
+        )
+
+    def _remove_parts(self, target: MappedDevice, *parts: str) -> None:
+        for part in parts:
+            if self._part(target, part):
+                self._mapper.remove(part)
 
     def _do_thaw(self, plan: Plan, action: planner.Action) -> None:
         self._end_freeze(plan.name)
+
+    def _do_update_config(self, plan: Plan, action: planner.Action) -> None:
+        target = self.require(plan.name)
+        successor = target.metadata.successor(time.time_ns(), host_id=host_id())
+        new = replace(successor, config=_metadata_of(plan).config)
+        with contextlib.ExitStack() as members:
+            copies.commit(
+                self._open_members(members, plan.spares), target.metadata, new, step=self._step
+            )
+        self._backup(new)
+
+    def _do_hold_errors(self, plan: Plan, action: planner.Action) -> None:
+        target = self.require(plan.name)
+        # What an interrupted switch left stands under nothing.
+        self._remove_parts(target.device, stack.hold_name(plan.name), stack.map_name(plan.name))
+        table = self._create_hold(target.metadata, plan.name, target.table)
+        self._mapper.load(plan.name, table)
+        with self._mapper.events() as events:
+            self._mapper.swap(plan.name, events)
+
+    def _do_pass_errors(self, plan: Plan, action: planner.Action) -> None:
+        target = self.require(plan.name)
+        if target.path:
+            # Nothing may wait while the swap waits for what is in flight.
+            self._mapper.message(stack.hold_name(plan.name), "fail_if_no_path")
+            self._mapper.load(plan.name, target.table)
+            with self._mapper.events() as events:
+                self._mapper.swap(plan.name, events)
+        self._remove_parts(target.device, stack.hold_name(plan.name), stack.map_name(plan.name))
+
+    def _do_restore_hold(self, plan: Plan, action: planner.Action) -> None:
+        self.release(self.require(plan.name))
+
+    def _do_insert_shim(self, plan: Plan, action: planner.Action) -> None:
+        target = self.require(plan.name)
+        if target.main is None:
+            raise Refused("has no chunk on its main that a shim could serve", device=plan.name)
+        part = stack.shim_name(plan.name)
+        device = self._part(target.device, part)
+        table = stack.shim_table(target.metadata.config["main"]["sectors"], target.main.devno)
+        if device is None:
+            self._create_part(target.metadata, plan.name, part, table)
+        shimmed = replace(target, shim=self._existing(part))
+        self._swap_map(shimmed, shimmed.map_table(target.metadata))
+
+    def _do_remove_shim(self, plan: Plan, action: planner.Action) -> None:
+        target = replace(self.require(plan.name), shim=None)
+        self._swap_map(target, target.map_table(target.metadata))
+        # It stands under a parked place too.
+        self._freezer.park(target)
+        self._remove_parts(target.device, stack.shim_name(plan.name))
+
+    def _swap_map(self, target: ActiveTarget, table: Sequence[Segment]) -> None:
+        self._mapper.load(target.map.name, table)
+        with self._mapper.events() as events:
+            self._mapper.swap(target.map.name, events if target.path is None else None)
+
+    def release(self, target: ActiveTarget) -> None:
+        """Let held I/O go on, and hold what fails from now on."""
+        if target.path is None:
+            return
+        hold = stack.hold_name(target.name)
+        # The kernel's fail-safe takes the first away, and only the second starts what waits.
+        self._mapper.message(hold, "queue_if_no_path")
+        self._mapper.message(hold, f"reinstate_path {target.path.devno}")
 
     # Remapping
 
@@ -575,27 +709,17 @@ class Engine:
         upkeep = planner.plan_upkeep(target)
         self.apply(upkeep)
         _lock_memory()
-        avoid: list[tuple[int, int]] = []
-        for _attempt in range(_ATTEMPTS):
+        if upkeep.changes:
             target = self.require(name)
-            plan = planner.plan_remap(target, ranges, avoid=avoid)
-            lost_before = self.lost_before(target, ranges)
-            try:
-                report = self._remap(target, plan, patience, avoid)
-            except _Dirty as dirty:
-                avoid += dirty.places
-                continue
-            report.plan = replace(
-                report.plan, before=first.before, actions=upkeep.actions + report.plan.actions
-            )
-            report.lost_before = lost_before
-            report.seconds = time.monotonic() - begun
-            return report
-        raise DmRemapError(
-            f"the chunks changed while they were read, {_ATTEMPTS} times over",
-            device=name,
-            remedy="nothing was changed; try again",
+        plan = planner.plan_remap(target, ranges)
+        lost_before = self.lost_before(target, ranges)
+        report = self._remap(target, plan, patience or Patience())
+        report.plan = replace(
+            report.plan, before=first.before, actions=upkeep.actions + report.plan.actions
         )
+        report.lost_before = lost_before
+        report.seconds = time.monotonic() - begun
+        return report
 
     def lost_before(
         self, target: ActiveTarget, ranges: Sequence[tuple[int, int]]
@@ -624,61 +748,51 @@ class Engine:
                 if not _reads(device, sector, block)
             ]
 
-    def _remap(
-        self,
-        target: ActiveTarget,
-        plan: Plan,
-        patience: Patience | None,
-        avoid: Sequence[tuple[int, int]],
-    ) -> RemapReport:
+    def _remap(self, target: ActiveTarget, plan: Plan, patience: Patience) -> RemapReport:
         name, metadata = plan.name, target.metadata
         if not plan.placed:
             return RemapReport(planner.remap_actions(target, (), ()))
         if target.main is None:
             raise AssertionError("a target with chunks to remap has a main")
-        begun = time.monotonic()
-        self._check_frozen_name(target)
+        self._check_freezing_names(target)
         works: list[_Work] = []
-        self._drop_statistics(name)
-        with self._mapper.events() as events, contextlib.ExitStack() as stack:
-            stack.callback(self._drop_statistics, name)
-            main = stack.enter_context(self._blocks.BlockDevice(target.main.path))
+        chunks = [extent.logical for extent in plan.placed]
+        with contextlib.ExitStack() as opened:
+            events = opened.enter_context(self._mapper.events())
+            main = opened.enter_context(self._blocks.BlockDevice(target.main.path))
             spares = {
-                spare.index: stack.enter_context(
+                spare.index: opened.enter_context(
                     self._blocks.BlockDevice(self._blocks.node_of(spare.devno), writable=True)
                 )
                 for spare in target.spares
             }
-            for extent in plan.placed:
-                works.append(self._salvage_chunk(metadata, name, extent, main, patience))
-                self._step("salvaged")
-            _confirm_losses(main, works, target.main)
-            members = self._open_members(stack, plan.spares)
-            self._write_chunks(works, target, spares, members, avoid)
-            self._step("data_flushed")
-            salvage_seconds = time.monotonic() - begun
-
-            # What can be checked and packed before the pause does not prolong it.
-            new = self._next(metadata, works)
-            commit = copies.prepare_commit(members, metadata, new)
-
-            chunks = [work.extent.logical for work in works]
-            stack.enter_context(self._guarded(name))
-            paused = time.monotonic()
+            members = self._open_members(opened, plan.spares)
+            opened.enter_context(self._guarded(name))
+            begun = time.monotonic()
             try:
-                self._freeze(target, chunks, events)
-                if self._catch_up(works, metadata, name, main, spares):
-                    new = self._next(metadata, works)
-                    commit = copies.prepare_commit(members, metadata, new)
+                # A salvage may take its budget twice over before the delay ends.
+                seconds = max(FREEZE_SECONDS, 2 * patience.budget)
+                freeze = self._freezer.freeze(target, chunks, seconds, events)
+                self.release(target)
+                for extent in plan.placed:
+                    works.append(self._salvage_chunk(metadata, name, extent, main, patience))
+                    self._step("salvaged")
+                _confirm_losses(main, works, target.main)
+                self._write_chunks(works, target, spares, members)
+                self._step("data_flushed")
+                salvage_seconds = time.monotonic() - begun
+                new = self._next(metadata, works)
+                commit = copies.prepare_commit(members, metadata, new)
+                self._freezer.close(freeze)
                 commit.write(self._step)
                 self._step("committed")
-                self._thaw(target, new, chunks, events)
+                self._freezer.thaw(target, new, chunks, events)
             except BaseException:
                 # Only the metadata on the spares can say now where the chunks are.
                 self._end_freeze(name)
                 raise
-            pause_seconds = time.monotonic() - paused
-            self._verify(name, works, metadata)
+            pause_seconds = time.monotonic() - begun
+            self._freezer.park(target)
         self._backup(new)
         return RemapReport(
             plan=planner.remap_actions(target, *_outcome(works)),
@@ -687,14 +801,14 @@ class Engine:
             pause_seconds=pause_seconds,
         )
 
-    def _check_frozen_name(self, target: ActiveTarget) -> None:
-        name = _frozen_name(target.device.name)
-        if self._mapper.info(name) and not self._frozen(target.device):
-            raise Refused(
-                "is a mapped device of something else, whose name the remap needs",
-                device=f"/dev/mapper/{name}",
-                remedy="rename or remove that device",
-            )
+    def _check_freezing_names(self, target: ActiveTarget) -> None:
+        for name in (stack.frozen_name(target.name), stack.place_name(target.name)):
+            if self._mapper.info(name) and not self._part(target.device, name):
+                raise Refused(
+                    "is a mapped device of something else, whose name the remap needs",
+                    device=f"/dev/mapper/{name}",
+                    remedy="rename or remove that device",
+                )
 
     def _salvage_chunk(
         self,
@@ -702,22 +816,17 @@ class Engine:
         name: str,
         extent: Extent,
         main: OpenDevice,
-        patience: Patience | None,
+        patience: Patience,
     ) -> _Work:
         chunk_sectors = metadata.config["chunk_sectors"]
         block_sectors = metadata.config["block_sectors"]
         start = extent.logical * chunk_sectors
         length = min(chunk_sectors, metadata.config["main"]["sectors"] - start)
         self._progress(f"salvage chunk {extent.logical} of {name}")
-        # Counting writes from before the first read tells which blocks have changed since.
-        region = self._mapper.message(
-            name, f"@stats_create {start}+{length} {block_sectors} {_STATS_PROGRAM}"
-        ).strip()
         return _Work(
             extent=extent,
             start=start,
             length=length,
-            region=region,
             salvage=salvage(main, start, length, block_sectors, patience),
         )
 
@@ -727,23 +836,21 @@ class Engine:
         target: ActiveTarget,
         spares: Mapping[int, OpenDevice],
         members: Mapping[int, OpenDevice],
-        avoid: Sequence[tuple[int, int]],
     ) -> None:
         """Write what was read, and flush; chunks get other places where theirs will not do.
 
-        A place that is bad itself, or that has old data where a lost sector must read as an error,
-        is passed over, and a spare that fails is not used.
+        A place that is bad itself, or that has old data where a lost sector must read as an error
+        and cannot be made to, is passed over, and a spare that fails is not used.
 
         Args:
             works: the chunks with their first places.
             target: the target.
             spares: its open integrity devices by index of the spare.
             members: the spares themselves, open, by index.
-            avoid: pairs of spare index and chunk that must not be used.
         """
         metadata = target.metadata
         usable = planner.usable_geometries(target)
-        shunned = list(avoid)
+        shunned: list[tuple[int, int]] = []
         faults: dict[int, OSError] = {}
         bad_places: Counter[int] = Counter()
         pending = list(works)
@@ -764,15 +871,21 @@ class Engine:
                         usable.pop(index)
                     continue
                 try:
-                    if not _write_chunk(work, spares[index], metadata):
-                        dirty.append(work)
-                        shunned.append((index, work.extent.physical))
+                    _write_chunk(work, spares[index], metadata)
+                    if not _lost_fail(work, spares[index], metadata):
+                        self._poison(target.name, work, members[index], usable[index])
+                        if not _lost_fail(work, spares[index], metadata):
+                            dirty.append(work)
+                            shunned.append((index, work.extent.physical))
                 except OSError as error:
                     faults[index] = error
                     usable.pop(index)
             for index in {work.extent.spare for work in works} & set(usable):
                 try:
                     spares[index].flush()
+                    for work in pending:
+                        if work.extent.spare == index and work not in dirty:
+                            _check_chunk(work, spares[index], metadata)
                 except OSError as error:
                     faults[index] = error
                     usable.pop(index)
@@ -797,92 +910,21 @@ class Engine:
             for work, extent in zip(pending, placed):
                 work.extent = extent
 
-    def _freeze(self, target: ActiveTarget, chunks: Sequence[int], events: Any) -> None:
-        """Hold all I/O to ``chunks`` on a device of their own, and let the rest of it flow.
+    def _poison(self, name: str, work: _Work, member: OpenDevice, geometry: Geometry) -> None:
+        """Make the chunk's lost blocks read as errors where the place has old data.
 
-        A flush to the target waits too, because device-mapper sends it to every segment.
+        A suspend writes back what dm-integrity's journal holds of them; then other bytes below
+        match no tag any more.
         """
-        if target.main is None:
-            raise AssertionError("a target with chunks to remap has a main")
-        name, metadata, frozen = (
-            target.device.name,
-            target.metadata,
-            _frozen_name(target.device.name),
-        )
-        chunk_sectors = metadata.config["chunk_sectors"]
-        sectors = metadata.config["main"]["sectors"]
-        on_main = {chunk: (target.main.devno, chunk * chunk_sectors) for chunk in chunks}
-        self._mapper.create_unannounced(
-            frozen,
-            f"{_dm_uuid(metadata)}-frozen",
-            mapping.frozen_table(chunks, sectors, chunk_sectors, on_main),
-        )
-        self._step("frozen_created")
-        self._mapper.suspend(frozen)
-        self._step("frozen_suspended")
-        device = self._existing(frozen)
-        table = mapping.build_table(
-            sectors,
-            chunk_sectors,
-            target.main.devno,
-            metadata.extents,
-            {spare.index: spare.devno for spare in target.spares},
-            {chunk: position for position, chunk in enumerate(chunks)},
-            device.devno,
-        )
-        self._mapper.load(name, table)
-        self._step("freeze_loaded")
-        self._mapper.swap(name, events)
-        self._step("frozen")
-
-    def _catch_up(
-        self,
-        works: Sequence[_Work],
-        metadata: Metadata,
-        name: str,
-        main: OpenDevice,
-        spares: Mapping[int, OpenDevice],
-    ) -> bool:
-        """Copy the blocks that were written since they were read; nobody can write them now.
-
-        Returns whether a block that was lost could be read after all.
-        """
-        touched, found = set(), False
-        for work in works:
-            place, block = _spare_sector(work, metadata), work.salvage.block_sectors
-            for index in self._written_blocks(name, work.region):
-                try:
-                    data = main.read(work.start + index * block, block)
-                except OSError as error:
-                    if error.errno not in MEDIUM_ERRORS:
-                        raise _failure(main, error) from error
-                    # An acknowledged write is not lost by one failing read; and where the block
-                    # was read before, the spare holds an older version that must never be seen.
-                    raise _Dirty([(work.extent.spare, work.extent.physical)]) from error
-                found = found or work.salvage.outcomes[index] is Outcome.LOST
-                work.salvage.keep(index, data, Outcome.FIRST_READ)
-                spare = spares[work.extent.spare]
-                try:
-                    spare.write(place + index * block, data)
-                except OSError as error:
-                    raise _failure(spare, error) from error
-                touched.add(work.extent.spare)
-        for index in touched:
-            try:
-                spares[index].flush()
-            except OSError as error:
-                raise _failure(spares[index], error) from error
-        self._step("caught_up")
-        return found
-
-    def _written_blocks(self, name: str, region: str, begun: bool = False) -> list[int]:
-        """Blocks of the region that were written, or with ``begun`` are perhaps being written."""
-        # Each line is "start+length" and counters; the fifth counter is "writes completed", the
-        # ninth "I/Os in progress" (Linux: Documentation/admin-guide/device-mapper/statistics.rst
-        # and Documentation/admin-guide/iostats.rst).
-        lines = self._mapper.message(name, f"@stats_print {region}").splitlines()
-        counters = [list(map(int, line.split()[1:10])) for line in lines]
-        return [i for i, row in enumerate(counters) if row[4] or (begun and row[8])]
+        part = stack.spare_name(name, work.extent.spare)
+        self._mapper.suspend(part)
+        self._mapper.swap(part)
+        place, block = geometry.chunk_sector(work.extent.physical), work.salvage.block_sectors
+        for first, count in work.salvage.runs(Outcome.LOST):
+            old = member.read(place + first * block, count * block)
+            member.write(place + first * block, bytes(byte ^ 0xFF for byte in old))
+        member.flush()
+        self._step("poisoned")
 
     def _next(self, metadata: Metadata, works: Sequence[_Work]) -> Metadata:
         successor = metadata.successor(time.time_ns(), host_id=host_id())
@@ -931,21 +973,24 @@ class Engine:
             os.waitpid(child, 0)
 
     def _still_frozen(self, name: str) -> bool:
+        """Whether anything may wait at the freezing device."""
         try:
-            device = self._frozen(self._existing(name))
+            device = self._existing(name)
+            part = stack.frozen_name(name)
+            return bool(self._part(device, part)) and any(
+                segment.target == "delay" for segment in self._mapper.table(part)
+            )
         except DmRemapError:
             return True
-        return device is not None and device.suspended
 
     def _end_freeze(self, name: str) -> None:
         """End a freeze that was interrupted, as the metadata on the spares has it."""
-        frozen = self._frozen(self._existing(name))
-        if frozen is None:
-            return
         try:
             target = self.require(name)
-            chunk_sectors = target.metadata.config["chunk_sectors"]
-            chunks = _held_chunks(target, frozen.devno, chunk_sectors)
+            chunks = held_chunks(target)
+            if not chunks:
+                self._freezer.park(target)
+                return
             on_main = [c for c in chunks if extents.find(target.metadata.extents, c) is None]
             if on_main and target.choice.missing:
                 # A newer generation may be there, and would later show the chunks' old data.
@@ -956,106 +1001,23 @@ class Engine:
                     remedy="attach the spares again; until then these chunks fail",
                 )
             # A generation that was begun must be on all copies before its mapping is used.
-            for action in planner.plan_upkeep(target).actions:
+            upkeep = planner.plan_upkeep(target)
+            for action in upkeep.actions:
                 if action.kind == "repair_metadata":
-                    self._do_repair_metadata(planner.plan_upkeep(target), action)
+                    self._do_repair_metadata(upkeep, action)
             with self._mapper.events() as events:
-                self._thaw(target, target.metadata, chunks, events)
+                self._freezer.thaw(target, target.metadata, chunks, events)
+            self._freezer.park(target)
         except BaseException:
             self._fail_frozen(name)
             raise
 
     def _fail_frozen(self, name: str) -> None:
-        """Let I/O to frozen chunks fail, because nobody knows where they are and none may hang.
-
-        The frozen device stays, so the next plan tries again to end the freeze.
-        """
-        frozen = _frozen_name(name)
-        device = self._frozen(self._existing(name))
-        if device is None or not device.suspended:
-            return
-        held = self._mapper.table(frozen)
-        table = [Segment(s.start, s.length, "error", "") for s in held]
-        # Where no other sector of main is in use, this is how the next plan knows main.
-        end = sum(segment.length for segment in held)
-        known = [s for s in held if s.target == "linear"][:1]
-        table += [replace(s, start=end) for s in known]
-        self._mapper.load(frozen, table)
-        self._mapper.swap(frozen)
-
-    def _thaw(
-        self, target: ActiveTarget, metadata: Metadata, chunks: Sequence[int], events: Any
-    ) -> None:
-        """Let I/O to the frozen ``chunks`` go to where ``metadata`` has them."""
-        name, frozen = target.device.name, _frozen_name(target.device.name)
-        chunk_sectors = metadata.config["chunk_sectors"]
-        sectors = metadata.config["main"]["sectors"]
-        spares = {spare.index: spare.devno for spare in target.spares}
-        main = self._main_of(target, frozen)
-        if chunks:
-            places = {
-                chunk: _place(metadata, chunk, main, spares, chunk_sectors) for chunk in chunks
-            }
-            self._mapper.load(frozen, mapping.frozen_table(chunks, sectors, chunk_sectors, places))
-        self._step("thaw_loaded")
-        self._mapper.swap(frozen)
-        self._step("thawed")
-        table = mapping.build_table(sectors, chunk_sectors, main, metadata.extents, spares)
-        self._mapper.load(name, table)
-        self._mapper.swap(name, events)
-        self._step("swapped")
-        self._mapper.remove_unannounced(frozen)
-        self._step("frozen_removed")
-
-    def _main_of(self, target: ActiveTarget, frozen: str) -> str:
-        if target.main:
-            return str(target.main.devno)
-        own = {spare.devno for spare in target.spares}
-        below = [d for d in self._mapper.dependencies(frozen) if d not in own]
-        if not below:
-            raise DmRemapError("its main is not known", device=target.device.name)
-        return str(below[0])
-
-    def _verify(self, name: str, works: Sequence[_Work], metadata: Metadata) -> None:
-        """Read the chunks through the target: saved blocks as saved, lost ones as errors."""
-        device_info = self._existing(name)
-        wrong = []
-        with self._blocks.BlockDevice(device_info.node) as device:
-            for work in works:
-                block = work.salvage.block_sectors
-                for index, outcome in enumerate(work.salvage.outcomes):
-                    try:
-                        data: bytes | None = device.read(work.start + index * block, block)
-                    except OSError:
-                        data = None
-                    expected = None if outcome is Outcome.LOST else work.salvage.block(index)
-                    if data != expected:
-                        wrong.append((work, index))
-        written = {
-            (work.region, index)
-            for work in {id(w): w for w, _unused in wrong}.values()
-            # dm-integrity shows a synchronous write before it completes it.
-            for index in self._written_blocks(name, work.region, begun=True)
-        }
-        bad = [
-            work.start + i * work.salvage.block_sectors
-            for work, i in wrong
-            if (work.region, i) not in written
-        ]
-        if bad:
-            raise DmRemapError(
-                f"sectors {bad} read differently after the remap than before",
-                device=f"/dev/mapper/{name}",
-                remedy="stop using the target and check the spare's health",
-            )
-        self._step("verified")
-
-    def _drop_statistics(self, name: str) -> None:
-        # Also those that an interrupted remap left behind.
-        for line in self._mapper.message(name, f"@stats_list {_STATS_PROGRAM}").splitlines():
-            region = line.partition(":")[0].strip()
-            if region.isdigit():
-                self._mapper.message(name, f"@stats_delete {region}")
+        device = self._existing(name)
+        upper, _path = self._map_of(device)
+        frozen = self._part(device, stack.frozen_name(name))
+        if frozen and frozen.devno in self._mapper.dependencies(upper.name):
+            self._freezer.fail(name)
 
     def _backup(self, metadata: Metadata) -> None:
         """Keep the metadata on the host too; a backup that fails costs no remap."""
@@ -1095,19 +1057,7 @@ def request_seen(engine: Engine, request: Request) -> Seen:
 
 
 def _dm_uuid(metadata: Metadata) -> str:
-    return UUID_PREFIX + metadata.target_uuid.hex
-
-
-def _data_name(name: str, index: int) -> str:
-    return spare_name(name, index) + "-data"
-
-
-def _tags_name(name: str, index: int) -> str:
-    return spare_name(name, index) + "-tags"
-
-
-def _frozen_name(name: str) -> str:
-    return name + "-frozen"
+    return stack.UUID_PREFIX + metadata.target_uuid.hex
 
 
 def _metadata_of(plan: Plan) -> Metadata:
@@ -1122,31 +1072,6 @@ def _index_of(plan: Plan, path: str) -> int:
 
 def _spare_sector(work: _Work, metadata: Metadata) -> int:
     return int(work.extent.physical * metadata.config["chunk_sectors"])
-
-
-def _held_chunks(target: ActiveTarget, frozen: str, chunk_sectors: int) -> list[int]:
-    """Chunks that the live table holds on the frozen device, in the order of their positions."""
-    positions = {}
-    for segment in target.table:
-        if segment.target != "linear":
-            continue
-        device, offset = mapping.linear_target(segment)
-        if device == frozen:
-            for step in range(0, segment.length, chunk_sectors):
-                positions[(offset + step) // chunk_sectors] = (
-                    segment.start + step
-                ) // chunk_sectors
-    return [positions[position] for position in sorted(positions)]
-
-
-def _place(
-    metadata: Metadata, chunk: int, main: str, spares: Mapping[int, str], chunk_sectors: int
-) -> tuple[str, int]:
-    extent = extents.find(metadata.extents, chunk)
-    if extent is None:
-        return main, chunk * chunk_sectors
-    offset = (extent.physical + chunk - extent.logical) * chunk_sectors
-    return spares.get(extent.spare, ""), offset
 
 
 def _try_place(work: _Work, member: OpenDevice, geometry: Geometry) -> None:
@@ -1170,12 +1095,17 @@ def _try_place(work: _Work, member: OpenDevice, geometry: Geometry) -> None:
         member.read(place + first * block, count * block)
 
 
-def _write_chunk(work: _Work, device: OpenDevice, metadata: Metadata) -> bool:
-    """Write what was read of a chunk; whether its lost blocks read as errors on the spare."""
+def _write_chunk(work: _Work, device: OpenDevice, metadata: Metadata) -> None:
+    """Write what was read of a chunk."""
     place, block = _spare_sector(work, metadata), work.salvage.block_sectors
     for first, count in work.salvage.readable:
         data = b"".join(work.salvage.block(first + i) for i in range(count))
         device.write(place + first * block, data)
+
+
+def _lost_fail(work: _Work, device: OpenDevice, metadata: Metadata) -> bool:
+    """Whether the chunk's lost blocks read as errors on the spare."""
+    place, block = _spare_sector(work, metadata), work.salvage.block_sectors
     return not any(
         _reads(device, place + (first + i) * block, block)
         for first, count in work.salvage.runs(Outcome.LOST)
@@ -1183,12 +1113,17 @@ def _write_chunk(work: _Work, device: OpenDevice, metadata: Metadata) -> bool:
     )
 
 
-def _failure(device: OpenDevice, error: OSError) -> DmRemapError:
-    return DmRemapError(
-        f"fails with {error.strerror or error}",
-        device=device.name,
-        remedy="check that it is attached and powered; nothing was changed",
-    )
+def _check_chunk(work: _Work, device: OpenDevice, metadata: Metadata) -> None:
+    """Read back what was written of a chunk.
+
+    Raises:
+        OSError: the spare gives back something else.
+    """
+    place, block = _spare_sector(work, metadata), work.salvage.block_sectors
+    for first, count in work.salvage.readable:
+        data = b"".join(work.salvage.block(first + i) for i in range(count))
+        if device.read(place + first * block, count * block) != data:
+            raise OSError(errno.EIO, "gives back other data than was written", device.name)
 
 
 def _reads(device: OpenDevice, sector: int, count: int) -> bool:

@@ -80,31 +80,6 @@ def _append(segments: list[Segment], start: int, length: int, device: str, offse
     segments.append(Segment(start, length, "linear", f"{device} {offset}"))
 
 
-def frozen_table(
-    chunks: Sequence[int], sectors: int, chunk_sectors: int, devices: Mapping[int, tuple[str, int]]
-) -> list[Segment]:
-    """The table of the device that holds frozen chunks, one after the other.
-
-    Args:
-        chunks: the logical chunks in the order of their positions.
-        sectors: size of the target, because its last chunk may be short.
-        chunk_sectors: sectors in a chunk.
-        devices: for each chunk the device number and the sector there; an empty device number
-            makes the chunk an ``error`` segment.
-    """
-    segments: list[Segment] = []
-    for position, chunk in enumerate(chunks):
-        length = min(chunk_sectors, sectors - chunk * chunk_sectors)
-        device, offset = devices[chunk]
-        start = position * chunk_sectors
-        segments.append(
-            Segment(start, length, "linear", f"{device} {offset}")
-            if device
-            else Segment(start, length, "error", "")
-        )
-    return segments
-
-
 def linear_target(segment: Segment) -> tuple[str, int]:
     """Device number and first sector of a ``linear`` segment.
 

@@ -25,14 +25,15 @@ from .format import (
     plan_geometry,
 )
 from .mapping import build_table, describe_table
+from .stack import CARRIER_SECTORS, MAX_SPARES, PathState, spare_name
 
 SECTOR_BYTES = 512
 MIN_CHUNK_BYTES = 4096
 MAX_CHUNK_BYTES = 1 << 20
 DEFAULT_CHUNK_BYTES = 65536
-MAX_SPARES = 8
 LOGICAL_BLOCKS = (512, 4096)
-UUID_PREFIX = "DMREMAP-"
+HOLD, FAIL = "hold", "fail"
+NO_SHIM, RAID_SHIM, AUTO_SHIM = "none", "raid", "auto"
 
 
 @dataclass(frozen=True)
@@ -72,24 +73,107 @@ class ActiveTarget:
 
     Args:
         device: its mapped device.
-        table: its live table.
+        map: the mapped device whose table is the map: NAME-map, or the target itself.
+        table: the map's live table.
         main: the main, or None where every chunk is remapped.
         spares: the spares that are active.
         choice: the metadata that was chosen among the spares' copies.
-        frozen: the device that holds frozen chunks, where a remap was interrupted.
+        path: state of the path that holds failed I/O; None where errors are passed on.
+        shim: the device between the map and main.
+        frozen: the device that the map sends frozen chunks to, where a move was interrupted.
     """
 
     device: MappedDevice
+    map: MappedDevice
     table: tuple[Segment, ...]
     main: DeviceInfo | None
     spares: tuple[ActiveSpare, ...]
     choice: copies.Choice
-    frozen: MappedDevice | None
+    path: PathState | None = None
+    shim: MappedDevice | None = None
+    frozen: MappedDevice | None = None
+
+    @property
+    def name(self) -> str:
+        """The target's name."""
+        return self.device.name
 
     @property
     def metadata(self) -> Metadata:
         """The target's metadata."""
         return self.choice.metadata
+
+    @property
+    def spare_devnos(self) -> dict[int, str]:
+        """Device numbers of the active spares' integrity devices, by index."""
+        return {spare.index: spare.devno for spare in self.spares}
+
+    @property
+    def upper_main(self) -> str:
+        """Device number that the map uses for main; empty where every chunk is remapped."""
+        if self.shim:
+            return self.shim.devno
+        return self.main.devno if self.main else ""
+
+    @property
+    def carrier(self) -> str:
+        """Device number of a device that flushes may go to: main, or a spare without one."""
+        return self.main.devno if self.main else self.spares[0].devno
+
+    @property
+    def errors(self) -> str:
+        """What becomes of failed I/O now: V(hold) or V(fail)."""
+        return FAIL if self.path is None else HOLD
+
+    def map_table(
+        self,
+        metadata: Metadata,
+        frozen: Mapping[int, int] | None = None,
+        frozen_device: str = "",
+    ) -> list[Segment]:
+        """The map for a generation, with chunks on the freezing device at their positions."""
+        return map_table(
+            metadata,
+            self.upper_main,
+            self.spare_devnos,
+            self.main.devno if self.main and self.shim else "",
+            frozen,
+            frozen_device,
+        )
+
+
+def map_table(
+    metadata: Metadata,
+    main: str,
+    spares: Mapping[int, str],
+    flushed: str = "",
+    frozen: Mapping[int, int] | None = None,
+    frozen_device: str = "",
+) -> list[Segment]:
+    """The map for a generation.
+
+    Args:
+        metadata: the generation.
+        main: device number of main, or of the shim over it.
+        spares: device numbers of the spares' integrity devices, by index.
+        flushed: device number that flushes must reach beside the shim, which hides their errors;
+            a segment beyond the target's end carries them.
+        frozen: chunks on the freezing device, with their positions there.
+        frozen_device: its device number.
+    """
+    sectors = metadata.config["main"]["sectors"]
+    table = build_table(
+        sectors,
+        metadata.config["chunk_sectors"],
+        main,
+        metadata.extents,
+        spares,
+        frozen,
+        frozen_device,
+    )
+    if flushed:
+        table.append(Segment(sectors, CARRIER_SECTORS, "linear", f"{flushed} 0"))
+    return table
 
 
 @dataclass(frozen=True)
@@ -101,7 +185,8 @@ class Request:
         main: path of main.
         spares: paths of the spares.
         chunk_bytes: size of a chunk; None takes the default, or what the target has.
-        on_error: ``fail``.
+        on_error: ``hold`` or ``fail``; None takes ``hold``, or what the target has.
+        shim: ``none``, ``raid`` or ``auto``; None takes ``none``, or what the target has.
         wipe: spares may hold something, which is erased, but for remapped chunks.
         discard_remaps: with ``wipe``, remapped chunks on the spares may be erased too.
     """
@@ -110,7 +195,8 @@ class Request:
     main: str
     spares: tuple[str, ...]
     chunk_bytes: int | None = None
-    on_error: str = "fail"
+    on_error: str | None = None
+    shim: str | None = None
     wipe: bool = False
     discard_remaps: bool = False
 
@@ -125,6 +211,7 @@ class Seen:
         taken: mapped devices of others that have a name which the target needs.
         main: the device that is to be main.
         candidates: the devices that are to be spares.
+        healer: whether the daemon that heals held I/O runs on the host.
     """
 
     target: ActiveTarget | None
@@ -132,6 +219,7 @@ class Seen:
     main: DeviceInfo | None
     candidates: tuple[Candidate, ...]
     taken: tuple[str, ...] = ()
+    healer: bool = True
 
 
 @dataclass(frozen=True)
@@ -170,11 +258,6 @@ class Plan:
         return [action.to_dict() for action in self.actions]
 
 
-def spare_name(name: str, index: int) -> str:
-    """Name of the mapped device over spare ``index``."""
-    return f"{name}-spare{index}"
-
-
 def plan_present(
     request: Request, seen: Seen, new_uuid: Callable[[], uuid.UUID] = uuid.uuid4
 ) -> Plan:
@@ -200,9 +283,17 @@ def plan_present(
 
 def _check_request(request: Request) -> None:
     check_name(request.name)
-    if request.on_error != "fail":
+    if request.on_error not in (None, HOLD, FAIL):
         raise Refused(
-            f"on_error {request.on_error!r} is not known", device=request.name, remedy="use fail"
+            f"on_error {request.on_error!r} is not known",
+            device=request.name,
+            remedy=f"use {HOLD} or {FAIL}",
+        )
+    if request.shim not in (None, NO_SHIM, RAID_SHIM, AUTO_SHIM):
+        raise Refused(
+            f"shim {request.shim!r} is not known",
+            device=request.name,
+            remedy=f"use {NO_SHIM}, {RAID_SHIM} or {AUTO_SHIM}",
         )
     if not 1 <= len(request.spares) <= MAX_SPARES:
         raise Refused(
@@ -456,7 +547,8 @@ def _plan_creation(
             "name": request.name,
             "chunk_sectors": chunk_bytes // SECTOR_BYTES,
             "block_sectors": main.block_sectors,
-            "on_error": request.on_error,
+            "on_error": _wanted_errors(request, seen),
+            "shim": _wanted_shim(request, main),
             "main": {
                 "sectors": main.sectors,
                 "logical_block": main.logical_block,
@@ -574,7 +666,63 @@ def _plan_active(request: Request, target: ActiveTarget, seen: Seen) -> Plan:
             remedy="give those spares; a target's spares cannot be changed yet",
         )
     _check_unchangeable(request, target.metadata)
-    return plan_upkeep(target)
+    upkeep = plan_upkeep(target)
+    return _with_settings(request, target, seen, main, upkeep)
+
+
+def _with_settings(
+    request: Request, target: ActiveTarget, seen: Seen, main: DeviceInfo, upkeep: Plan
+) -> Plan:
+    """The plan that also brings configuration and kernel to what the request says of errors."""
+    metadata, name = target.metadata, target.name
+    config = dict(metadata.config)
+    if request.on_error is not None and request.on_error != config["on_error"]:
+        config["on_error"] = _wanted_errors(request, seen)
+    if request.shim is not None:
+        config["shim"] = _wanted_shim(request, main)
+    actions = list(upkeep.actions)
+    after = metadata
+    changes = {
+        key: value for key, value in config.items() if value != _setting(metadata.config, key)
+    }
+    if changes:
+        after = replace(metadata, generation=metadata.generation + 1, config=config)
+        actions.append(Action("update_config", name, {**changes, "generation": after.generation}))
+    if shim_of(after) != (RAID_SHIM if target.shim else NO_SHIM):
+        actions.append(Action("insert_shim" if not target.shim else "remove_shim", name))
+    if config["on_error"] != target.errors:
+        actions.append(Action("hold_errors" if target.path is None else "pass_errors", name))
+    elif target.path and not target.path.queueing:
+        actions.append(Action("restore_hold", name))
+    spares = {spare.index: spare.candidate.info for spare in target.spares}
+    return replace(upkeep, actions=tuple(actions), after=_state(after, spares), metadata=after)
+
+
+def _setting(config: Mapping[str, Any], key: str) -> Any:
+    return config.get(key, NO_SHIM if key == "shim" else None)
+
+
+def shim_of(metadata: Metadata) -> str:
+    """The shim that a target is to have: ``none`` or ``raid``."""
+    return str(_setting(metadata.config, "shim"))
+
+
+def _wanted_errors(request: Request, seen: Seen) -> str:
+    wanted = request.on_error or HOLD
+    if wanted == HOLD and not seen.healer:
+        raise Refused(
+            "failed I/O would be held, but the daemon that heals it does not run on this host",
+            device=request.name,
+            remedy="apply the role dm_remap.storage.host first, or give on_error: fail",
+        )
+    return wanted
+
+
+def _wanted_shim(request: Request, main: DeviceInfo) -> str:
+    if request.shim == AUTO_SHIM:
+        # Their medium errors pass multipath: ENODATA is no path error (blk_path_error).
+        return RAID_SHIM if main.bus in ("scsi", "nvme") else NO_SHIM
+    return request.shim or NO_SHIM
 
 
 def plan_upkeep(target: ActiveTarget) -> Plan:
@@ -582,7 +730,7 @@ def plan_upkeep(target: ActiveTarget) -> Plan:
     spares = {spare.index: spare.candidate.info for spare in target.spares}
     actions = _repairs(target.choice, spares)
     if target.frozen:
-        actions.append(Action("thaw", target.device.name))
+        actions.append(Action("thaw", target.name))
     state = _state(target.metadata, spares)
     return Plan(
         name=target.device.name,
@@ -646,10 +794,8 @@ def plan_absent(
     # What an interruption leaves in the kernel shows the next run which spares are to be wiped.
     wipes = [Action("wipe_metadata", info.path) for info in spares.values()]
     if target:
-        frozen = [Action("remove_remains", target.frozen.name)] if target.frozen else []
         actions = (
             Action("remove_target", f"/dev/mapper/{name}"),
-            *frozen,
             *wipes,
             *(
                 Action("deactivate_spare", info.path, {"name": spare_name(name, index)})
@@ -837,6 +983,7 @@ def _state(metadata: Metadata, spares: Mapping[int, DeviceInfo]) -> dict[str, An
             "name": config["name"],
             "chunk_size": config["chunk_sectors"] * SECTOR_BYTES,
             "on_error": config["on_error"],
+            "shim": shim_of(metadata),
             "main": dict(config["main"]),
             "spares": [spares[index].path for index in sorted(spares)],
         },

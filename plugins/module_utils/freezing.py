@@ -1,0 +1,253 @@
+# Copyright: dm_remap.storage contributors
+# GNU General Public License v3.0+ (see LICENSES/GPL-3.0-or-later.txt or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""Freezing chunks: their I/O waits while they are moved, and that of the rest flows.
+
+The map sends frozen chunks to ``NAME-frozen``, which delays reads and writes but lets flushes pass.
+Below it ``NAME-place`` leads first to where the chunks were, then nowhere while the metadata
+changes, then to where they are. Nothing stays suspended: if all who
+could thaw are gone, the delay ends by itself, and what waited goes to the old place or fails.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from . import extents, mapping, stack
+from .devmapper import MappedDevice, Segment
+from .errors import DmRemapError
+from .format import Metadata
+from .planner import ActiveTarget
+
+# The delay until which a freeze must be over, if nobody gives another one.
+FREEZE_SECONDS = 120.0
+# The part of the delay after which no commit is begun any more.
+_LATEST = 0.75
+
+
+class Tables(Protocol):
+    """What freezing needs of `devmapper.DeviceMapper`."""
+
+    def info(self, name: str) -> MappedDevice | None:
+        """State of a mapped device."""
+
+    def table(self, name: str) -> list[Segment]:
+        """Its live table."""
+
+    def create_unannounced(self, name: str, uuid: str, segments: Sequence[Segment]) -> None:
+        """Create a device without waiting for udev."""
+
+    def load(self, name: str, segments: Sequence[Segment]) -> None:
+        """Load an inactive table."""
+
+    def swap(self, name: str, events: Any = ...) -> None:
+        """Make it live, and resume."""
+
+
+@dataclass(frozen=True)
+class Freeze:
+    """Chunks that are frozen.
+
+    Args:
+        target: the target as it was observed before.
+        chunks: logical chunks, in the order of their positions on NAME-frozen.
+        ends: when the delay may end, in the seconds of the freezer's clock.
+        latest: until when a commit may begin.
+    """
+
+    target: ActiveTarget
+    chunks: tuple[int, ...]
+    ends: float
+    latest: float
+
+
+class Freezer:
+    """Freezes and thaws chunks of targets.
+
+    Args:
+        mapper: device-mapper.
+        step: called with a name after each step that a crash could follow.
+        clock: seconds that only rise.
+    """
+
+    def __init__(
+        self,
+        mapper: Tables,
+        step: Callable[[str], None],
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._mapper = mapper
+        self._step = step
+        self._clock = clock
+
+    def freeze(
+        self, target: ActiveTarget, chunks: Sequence[int], seconds: float, events: Any
+    ) -> Freeze:
+        """Let all I/O to ``chunks`` wait; returns when none that came before is in flight.
+
+        Args:
+            target: the target, none of whose chunks is frozen.
+            chunks: logical chunks.
+            seconds: after which the delay ends by itself.
+            events: what `DeviceMapper.events` gave.
+        """
+        frozen, place = stack.frozen_name(target.name), stack.place_name(target.name)
+        begun = self._clock()
+        places = self._places(target, target.metadata, chunks)
+        self._put(target, place, stack.place_table(places, target.carrier))
+        self._step("place_set")
+        sectors = sum(length for _devno, _sector, length in places)
+        below = self._existing(place).devno
+        self._put(target, frozen, stack.frozen_table(sectors, below, int(seconds * 1000)))
+        self._step("delay_set")
+        positions = {chunk: position for position, chunk in enumerate(chunks)}
+        devno = self._existing(frozen).devno
+        self._swap_map(target, target.map_table(target.metadata, positions, devno), events)
+        self._step("frozen")
+        return Freeze(target, tuple(chunks), begun + seconds, begun + _LATEST * seconds)
+
+    def close(self, freeze: Freeze) -> None:
+        """Let what leaves the delay fail, before the metadata changes.
+
+        Until then a write that the delay let go would have reached the old place.
+
+        Raises:
+            DmRemapError: the delay may have ended already.
+        """
+        target = freeze.target
+        lengths = self._places(target, target.metadata, freeze.chunks)
+        nowhere = [("", 0, length) for _devno, _sector, length in lengths]
+        self._put(target, stack.place_name(target.name), stack.place_table(nowhere, target.carrier))
+        if self._clock() > freeze.latest:
+            raise DmRemapError(
+                f"took longer than the {_LATEST:.0%} of the freeze after which no commit is safe",
+                device=target.name,
+                remedy="nothing was changed; allow less time for salvage, or remap fewer chunks",
+            )
+        self._step("closed")
+
+    def thaw(
+        self, target: ActiveTarget, metadata: Metadata, chunks: Sequence[int], events: Any
+    ) -> None:
+        """Let I/O to the frozen ``chunks`` go to where ``metadata`` has them.
+
+        Args:
+            target: the target; its frozen chunks are exactly these.
+            metadata: the generation that counts.
+            chunks: logical chunks in the order of their positions.
+            events: what `DeviceMapper.events` gave.
+        """
+        frozen, place = stack.frozen_name(target.name), stack.place_name(target.name)
+        places = self._places(target, metadata, chunks)
+        self._put(target, place, stack.place_table(places, target.carrier))
+        self._step("place_final")
+        self._release(frozen, place)
+        self._step("thawed")
+        self._swap_map(target, target.map_table(metadata), events)
+        self._step("swapped")
+
+    def park(self, target: ActiveTarget) -> None:
+        """Let the freezing devices, which nothing uses, hold no spare any more."""
+        frozen, place = stack.frozen_name(target.name), stack.place_name(target.name)
+        table = self._mapper.table(place)
+        if len(table) == 1:
+            return
+        self._mapper.load(
+            frozen, stack.whole_table(stack.CARRIER_SECTORS, self._existing(place).devno)
+        )
+        self._mapper.swap(frozen)
+        self._put(target, place, stack.place_table([], target.carrier))
+        self._step("parked")
+
+    def fail(self, name: str) -> None:
+        """Let I/O to frozen chunks fail, because nobody knows where they are and none may hang.
+
+        The freezing devices stay in use, so the next plan tries again to end the freeze.
+        """
+        frozen, place = stack.frozen_name(name), stack.place_name(name)
+        held = self._mapper.table(place)
+        nowhere = [Segment(s.start, s.length, "error", "") for s in held[:-1]]
+        self._mapper.load(place, [*nowhere, held[-1]])
+        self._mapper.swap(place)
+        self._release(frozen, place)
+
+    def _release(self, frozen: str, place: str) -> None:
+        # A suspended delay hands on what it delays, and the new table delays nothing.
+        sectors = sum(segment.length for segment in self._mapper.table(frozen))
+        self._mapper.load(frozen, stack.whole_table(sectors, self._existing(place).devno))
+        self._mapper.swap(frozen)
+
+    def _swap_map(self, target: ActiveTarget, table: Sequence[Segment], events: Any) -> None:
+        self._mapper.load(target.map.name, table)
+        # Only the target itself is known to udev by its content.
+        self._mapper.swap(target.map.name, events if target.path is None else None)
+
+    def _put(self, target: ActiveTarget, part: str, table: Sequence[Segment]) -> None:
+        """Give a part its table, and create it where it does not exist."""
+        device = self._mapper.info(part)
+        uuid = stack.part_uuid(target.device.uuid, target.name, part)
+        if device is not None and device.uuid != uuid:
+            raise DmRemapError(
+                "is a mapped device of something else, whose name the remap needs",
+                device=f"/dev/mapper/{part}",
+                remedy="rename or remove that device",
+            )
+        if device is None:
+            self._mapper.create_unannounced(part, uuid, table)
+            return
+        self._mapper.load(part, table)
+        self._mapper.swap(part)
+
+    def _existing(self, name: str) -> MappedDevice:
+        device = self._mapper.info(name)
+        if device is None:
+            raise DmRemapError(
+                "has vanished while it was worked on",
+                device=f"/dev/mapper/{name}",
+                remedy="look at what else manages device-mapper devices, and run this again",
+            )
+        return device
+
+    @staticmethod
+    def _places(
+        target: ActiveTarget, metadata: Metadata, chunks: Sequence[int]
+    ) -> list[tuple[str, int, int]]:
+        chunk_sectors = metadata.config["chunk_sectors"]
+        total = metadata.config["main"]["sectors"]
+        found = []
+        for chunk in chunks:
+            length = min(chunk_sectors, total - chunk * chunk_sectors)
+            found.append((*place_of(target, metadata, chunk), length))
+        return found
+
+
+def place_of(target: ActiveTarget, metadata: Metadata, chunk: int) -> tuple[str, int]:
+    """Device number and first sector of a chunk; no device where its spare is not active."""
+    chunk_sectors = metadata.config["chunk_sectors"]
+    extent = extents.find(metadata.extents, chunk)
+    if extent is None:
+        return target.upper_main, chunk * chunk_sectors
+    spares: Mapping[int, str] = target.spare_devnos
+    offset = (extent.physical + chunk - extent.logical) * chunk_sectors
+    return spares.get(extent.spare, ""), offset
+
+
+def held_chunks(target: ActiveTarget) -> list[int]:
+    """Chunks that the live map sends to the freezing device, in the order of their positions."""
+    if target.frozen is None:
+        return []
+    chunk_sectors = target.metadata.config["chunk_sectors"]
+    positions = {}
+    for segment in target.table:
+        if segment.target != "linear":
+            continue
+        device, offset = mapping.linear_target(segment)
+        if device == target.frozen.devno:
+            for step in range(0, segment.length, chunk_sectors):
+                positions[(offset + step) // chunk_sectors] = (
+                    segment.start + step
+                ) // chunk_sectors
+    return [positions[position] for position in sorted(positions)]
