@@ -4,9 +4,9 @@
 """A kernel in memory for the engine: disks, device-mapper, and crashes at any point.
 
 It exists so that every crash point and every subset of lost writes can be tried in seconds. It is a
-model, and only as true as its author's reading of the kernel: tests/vm runs the same programs on
-real kernels and disks (test_remap.py, test_power_cut.py), and where the two differ, this one is
-wrong.
+model, and only as true as its author's reading of the kernel: tests/vm/test_model.py runs the same
+steps here and on a real kernel and compares what both show, other tests there run the engine on
+real disks, and where the two differ, this one is wrong.
 
 What is modelled:
 
@@ -16,8 +16,14 @@ What is modelled:
   device, and a block whose tag does not match reads as EILSEQ. It does not clear the tags when it
   formats. Its journal makes a block and its tag change together. An error of the disk below comes
   at once, where the kernel's journal may hide it until later.
-- Suspend: an application's write waits until resume. A swap or suspend that would wait for such a
-  write for ever raises Deadlock. What the engine itself reads or writes there raises Blocked.
+- The target multipath in bio mode with one path. An error from below that the block layer takes
+  for one of the path fails the path; that I/O and all later ones then wait, or fail with EIO
+  without queue_if_no_path. The message reinstate_path tries again all that waits. A suspend fails
+  what waits, unless it is a noflush suspend: then it waits for the resume.
+- The target delay: what waits goes on when the delay is over or the device is suspended; flushes
+  do not wait unless they have a delay of their own. A suspend further up waits for the delay.
+- Suspend: an application's I/O waits until resume. A swap or suspend that would wait for such
+  I/O for ever raises Deadlock. What the engine itself reads or writes there raises Blocked.
 - Statistics (@stats_create, _print, _list, _delete) that count completed writes.
 - Processes: a killed one can do nothing more, and what it made in the kernel stays.
 """
@@ -30,7 +36,7 @@ import errno
 import os
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Union
 
 from dm_remap.blockdev import OWN_SIGNATURE, DeviceInfo, Use
@@ -41,6 +47,16 @@ SECTOR = 512
 DM_MAJOR = 253
 SUPERBLOCK_SECTORS = 8
 SUPERBLOCK_MAGIC = b"integrt\0"
+# The errors of which the block layer says that another path would not help (blk_path_error):
+# NOTSUPP, NOSPC, TARGET, NEXUS, MEDIUM and PROTECTION.
+NOT_OF_THE_PATH = (
+    errno.EOPNOTSUPP,
+    errno.ENOSPC,
+    errno.EREMOTEIO,
+    errno.EBADE,
+    errno.ENODATA,
+    errno.EILSEQ,
+)
 FILESYSTEM_SECTOR = 2
 FILESYSTEM_MAGIC = b"a filesystem"
 
@@ -52,14 +68,22 @@ class Killed(BaseException):
 
 
 class Blocked(Exception):
-    """Input or output to a suspended device, which would wait until it is resumed."""
+    """Input or output that would wait: at a suspended device, for a path, or for a delay.
 
-    def __init__(self, at: Mapped, sector: int, data: bytes) -> None:
-        super().__init__(f"{at.name} is suspended")
+    Args:
+        at: the device at which it waits.
+        queue: where its request would have to be put.
+        io: what would wait, as that device sees it.
+        why: the reason, for messages.
+    """
+
+    def __init__(self, at: Mapped, queue: list[Request], io: Io, why: str) -> None:
+        super().__init__(f"{io.verb} {io.sector}+{io.count} waits: {at.name} {why}")
         self.at = at
-        self.sector = sector
-        self.data = data
-        self.above: list[tuple[str, int, int]] = []
+        self.queue = queue
+        self.io = io
+        self.above: list[tuple[str, int]] = []
+        self.error: OSError | None = None
 
 
 class Deadlock(AssertionError):
@@ -193,6 +217,48 @@ class Integrity:
 
 
 @dataclass
+class Multipath:
+    """A multipath target with one path.
+
+    ``queueing`` is queue_if_no_path, ``saved`` what it was before a suspend, ``current`` whether
+    the last I/O found a path, and ``queued`` what waits for one.
+    """
+
+    devno: str
+    queueing: bool
+    saved: bool = False
+    active: bool = True
+    failures: int = 0
+    current: bool = False
+    queued: list[Request] = field(default_factory=list)
+
+    @staticmethod
+    def open(params: str) -> Multipath:
+        """What the constructor does."""
+        words = params.split()
+        features, rest = words[1 : 1 + int(words[0])], words[1 + int(words[0]) :]
+        assert features[-2:] == ["queue_mode", "bio"], "only bio mode is modelled"
+        assert set(features[:-2]) <= {"queue_if_no_path", "retain_attached_hw_handler"}
+        assert rest[:-2] == "0 1 1 round-robin 0 1 1".split(), "only one path is modelled"
+        return Multipath(rest[-2], "queue_if_no_path" in features)
+
+    def fail_path(self) -> None:
+        if self.active:
+            self.active = False
+            self.failures += 1
+
+    def table(self) -> str:
+        """The shown form of the constructor's arguments; the kernel adds one of its own."""
+        features = "4 queue_if_no_path" if self.queueing else "3"
+        features += " retain_attached_hw_handler queue_mode bio"
+        return f"{features} 0 1 1 round-robin 0 1 1 {self.devno} 1 "
+
+    def status(self) -> str:
+        group, state = "A" if self.current else "E", "A" if self.active else "F"
+        return f"2 0 0 0 1 1 {group} 0 1 0 {self.devno} {state} {self.failures} "
+
+
+@dataclass
 class Region:
     """Statistics of a range, counted for each area of ``step`` sectors."""
 
@@ -205,10 +271,18 @@ class Region:
 
 @dataclass
 class Table:
-    """The segments of a table, and the state of its integrity target if it has one."""
+    """The segments of a table, and the state of its targets.
+
+    ``delayed`` is what waits in its delay targets.
+    """
 
     segments: list[Segment]
     integrity: Integrity | None = None
+    multipath: Multipath | None = None
+    delayed: list[Request] = field(default_factory=list)
+
+    def segment_at(self, sector: int) -> Segment:
+        return next(s for s in self.segments if s.start <= sector < s.start + s.length)
 
 
 @dataclass
@@ -235,13 +309,27 @@ class Mapped:
 
 
 @dataclass(frozen=True)
+class Io:
+    """A read, a write or a flush; sectors as the device sees them that it is sent to."""
+
+    verb: str
+    sector: int = 0
+    count: int = 0
+    data: bytes = b""
+
+
+@dataclass(frozen=True)
 class Request:
-    """An application's write that waits at a suspended device."""
+    """An application's I/O that waits somewhere in a stack of devices.
+
+    ``above`` are the devices that it came through, the nearest first, with its sector there.
+    ``error`` is what another part of it failed with.
+    """
 
     number: int
-    sector: int
-    data: bytes
-    above: tuple[tuple[str, int, int], ...]
+    io: Io
+    above: tuple[tuple[str, int], ...]
+    error: OSError | None = None
 
 
 @dataclass(frozen=True)
@@ -253,9 +341,14 @@ class Volatile:
     data: Written
 
 
-def destination(segment: Segment) -> tuple[str, int]:
-    device, _space, offset = segment.params.rpartition(" ")
-    return device, int(offset)
+def destination(segment: Segment, verb: str = "read") -> tuple[str, int, int]:
+    """Where I/O to a linear or delay segment goes: device, offset, and delay in milliseconds."""
+    words = segment.params.split()
+    if segment.target == "linear":
+        return words[0], int(words[1]), 0
+    assert (segment.target, len(words)) == ("delay", 9), segment
+    first = 3 * ("read", "write", "flush").index(verb)
+    return words[first], int(words[first + 1]), int(words[first + 2])
 
 
 class Kernel:
@@ -266,6 +359,10 @@ class Kernel:
         self.mapped: dict[str, Mapped] = {}
         self.completed: set[int] = set()
         self.failed: set[int] = set()
+        self.answers: dict[int, bytes] = {}
+        self.errors: dict[int, int] = {}
+        # The devices for whose delay a suspend had to wait.
+        self.waited_for: list[str] = []
         self._minors = 0
         self._requests = 0
 
@@ -278,7 +375,8 @@ class Kernel:
             twin = copy.deepcopy(device)
             twin.handles = 0
             other.mapped[name] = twin
-        other.completed, other.failed = set(self.completed), set(self.failed)
+        for name in ("completed", "failed", "answers", "errors", "waited_for"):
+            setattr(other, name, copy.copy(getattr(self, name)))
         return other
 
     def add_disk(self, name: str, sectors: int, block: int = 1) -> Disk:
@@ -324,101 +422,204 @@ class Kernel:
         raise fail(errno.ENXIO, f"no device {devno}")
 
     def read(self, devno: str, sector: int, count: int) -> bytes:
-        device = self.find(devno)
-        if isinstance(device, Disk):
-            return device.read(sector, count)
-        parts = []
-        for segment, start, length in self._route(device, sector, count, b""):
-            if segment.target == "error":
-                raise fail(errno.EIO, f"{device.name}: error target")
-            if segment.target == "linear":
-                below, offset = destination(segment)
-                parts.append(self.read(below, offset + start - segment.start, length))
-            else:
-                parts.append(self._read_integrity(device, start, length))
-        return b"".join(parts)
+        return self.perform(devno, Io("read", sector, count))
 
     def write(self, devno: str, sector: int, data: bytes) -> None:
-        device = self.find(devno)
-        if isinstance(device, Disk):
-            device.write(sector, data)
-            return
-        count = len(data) // SECTOR
-        try:
-            for segment, start, length in self._route(device, sector, count, data):
-                piece = data[(start - sector) * SECTOR : (start - sector + length) * SECTOR]
-                if segment.target == "error":
-                    raise fail(errno.EIO, f"{device.name}: error target")
-                if segment.target == "linear":
-                    below, offset = destination(segment)
-                    self.write(below, offset + start - segment.start, piece)
-                else:
-                    self._write_integrity(device, start, piece)
-        except Blocked as blocked:
-            if blocked.at is not device:
-                blocked.above.append((device.name, sector, count))
-            raise
-        except OSError:
-            self._account(device, sector, count)
-            raise
-        self._account(device, sector, count)
+        self.perform(devno, Io("write", sector, len(data) // SECTOR, data))
 
     def flush(self, devno: str) -> None:
+        self.perform(devno, Io("flush"))
+
+    def perform(self, devno: str, io: Io) -> bytes:
+        """Do ``io`` on a device, and return what a read gave.
+
+        Raises:
+            OSError: it failed.
+            Blocked: it would wait, or a part of it would.
+        """
         device = self.find(devno)
         if isinstance(device, Disk):
-            device.flush()
-            return
-        if device.suspended:
-            raise Blocked(device, 0, b"")
-        assert device.live is not None
-        if device.live.integrity:
-            self._write_back(device.live.integrity)
-            return
-        for below in {destination(s)[0] for s in device.live.segments if s.target == "linear"}:
-            self.flush(below)
+            return self._perform_on_disk(device, io)
+        try:
+            if device.suspended:
+                raise Blocked(device, device.waiting, io, "is suspended")
+            if device.live is None or io.sector < 0 or io.sector + io.count > device.sectors:
+                raise fail(errno.EIO, f"{device.name}: {io.sector}+{io.count} is past the end")
+            if device.live.multipath:
+                answer = self._take_path(device, device.live.multipath, io)
+            elif io.verb == "flush":
+                answer = self._flush_segments(device, device.live)
+            else:
+                answer = self._use_segments(device, device.live, io)
+        except Blocked as blocked:
+            if blocked.at is not device:
+                blocked.above.append((device.name, io.sector))
+            raise
+        except OSError:
+            self._account(device, io)
+            raise
+        self._account(device, io)
+        return answer
+
+    def _perform_on_disk(self, disk: Disk, io: Io) -> bytes:
+        if io.verb == "read":
+            return disk.read(io.sector, io.count)
+        if io.verb == "write":
+            disk.write(io.sector, io.data)
+        else:
+            disk.flush()
+        return b""
+
+    def _take_path(self, device: Mapped, path: Multipath, io: Io) -> bytes:
+        path.current = path.active
+        if path.active:
+            try:
+                return self.perform(path.devno, io)
+            except OSError as error:
+                if error.errno in NOT_OF_THE_PATH:
+                    raise
+                path.fail_path()
+        if path.queueing:
+            path.current = False
+            raise Blocked(device, path.queued, io, "has no path")
+        raise fail(errno.EIO, f"{device.name}: no path")
+
+    def _use_segments(self, device: Mapped, table: Table, io: Io) -> bytes:
+        parts = []
+        for segment in table.segments:
+            start = max(io.sector, segment.start)
+            end = min(io.sector + io.count, segment.start + segment.length)
+            if start < end:
+                offset = (start - io.sector) * SECTOR
+                data = io.data[offset : offset + (end - start) * SECTOR]
+                piece = Io(io.verb, start, end - start, data)
+                parts.append(self._use_segment(device, table, segment, piece))
+        return b"".join(parts)
+
+    def _use_segment(self, device: Mapped, table: Table, segment: Segment, io: Io) -> bytes:
+        if segment.target == "error":
+            raise fail(errno.EIO, f"{device.name}: error target")
+        if segment.target == "integrity":
+            try:
+                if io.verb == "read":
+                    return self._read_integrity(device, io.sector, io.count)
+                self._write_integrity(device, io.sector, io.data)
+                return b""
+            except Blocked as blocked:
+                raise AssertionError("I/O below an integrity device waits") from blocked
+        below, offset, delay = destination(segment, io.verb)
+        if delay:
+            raise Blocked(device, table.delayed, io, "has a delay")
+        return self.perform(below, replace(io, sector=offset + io.sector - segment.start))
+
+    def _flush_segments(self, device: Mapped, table: Table) -> bytes:
+        """Flush what is below all segments, at the same time."""
+        if table.integrity:
+            self._write_back(table.integrity)
+            return b""
+        blocks: list[Blocked] = []
+        errors: list[OSError] = []
+        parts = [destination(s, "flush") for s in table.segments if s.target != "error"]
+        for below in dict.fromkeys(part[0] for part in parts):
+            try:
+                self.flush(below)
+            except Blocked as blocked:
+                blocks.append(blocked)
+            except OSError as error:
+                errors.append(error)
+        if blocks:
+            assert len(blocks) == 1, "a flush waits at two devices"
+            blocks[0].error = blocks[0].error or next(iter(errors), None)
+            raise blocks[0]
+        if errors:
+            raise errors[0]
+        return b""
 
     def submit(self, name: str, sector: int, data: bytes) -> int:
         """An application's write; whether it is done is in ``completed`` or ``failed``."""
+        return self._submit(name, Io("write", sector, len(data) // SECTOR, data))
+
+    def submit_read(self, name: str, sector: int, count: int) -> int:
+        """An application's read: ``completed`` with its data in ``answers``, or ``failed``."""
+        return self._submit(name, Io("read", sector, count))
+
+    def submit_flush(self, name: str) -> int:
+        """An application's flush; whether it is done is in ``completed`` or ``failed``."""
+        return self._submit(name, Io("flush"))
+
+    def _submit(self, name: str, io: Io) -> int:
         self._requests += 1
         number = self._requests
-        self._serve(Request(number, sector, data, ()), self.mapped[name])
+        self._serve(Request(number, io, ()), self.mapped[name].devno)
         return number
 
-    def _serve(self, request: Request, device: Mapped) -> None:
+    def _serve(self, request: Request, devno: str) -> None:
         try:
-            self.write(device.devno, request.sector, request.data)
+            answer = self.perform(devno, request.io)
         except Blocked as blocked:
-            if blocked.data != request.data:
-                raise AssertionError("an application's write spans segments") from blocked
+            if (blocked.io.count, blocked.io.data) != (request.io.count, request.io.data):
+                raise AssertionError("an application's I/O spans segments") from blocked
             above = (*blocked.above, *request.above)
-            blocked.at.waiting.append(Request(request.number, blocked.sector, blocked.data, above))
-            return
-        except OSError:
+            error = request.error or blocked.error
+            blocked.queue.append(Request(request.number, blocked.io, above, error))
+        except OSError as error:
+            self._finish(request, b"", error)
+        else:
+            self._finish(request, answer, request.error)
+
+    def _finish(self, request: Request, answer: bytes, error: OSError | None) -> None:
+        """Complete a request, device by device upwards; a multipath device may queue it again."""
+        for index, (name, sector) in enumerate(request.above):
+            device = self.mapped[name]
+            assert device.live is not None
+            path = device.live.multipath
+            io = replace(request.io, sector=sector)
+            if error and path and error.errno not in NOT_OF_THE_PATH:
+                path.fail_path()
+                if path.queueing:
+                    path.current = False
+                    above = request.above[index + 1 :]
+                    path.queued.append(Request(request.number, io, above))
+                    return
+                error = fail(errno.EIO, f"{name}: no path")
+            self._account(device, io)
+        if error:
             self.failed.add(request.number)
+            assert error.errno is not None
+            self.errors[request.number] = error.errno
         else:
             self.completed.add(request.number)
-        for name, sector, count in request.above:
-            self._account(self.mapped[name], sector, count)
+            if request.io.verb == "read":
+                self.answers[request.number] = answer
 
-    def _route(
-        self, device: Mapped, sector: int, count: int, data: bytes
-    ) -> list[tuple[Segment, int, int]]:
-        if device.suspended:
-            raise Blocked(device, sector, data)
-        if device.live is None or sector < 0 or sector + count > device.sectors:
-            raise fail(errno.EIO, f"{device.name}: {sector}+{count} is past the end")
-        parts = []
-        for segment in device.live.segments:
-            start = max(sector, segment.start)
-            end = min(sector + count, segment.start + segment.length)
-            if start < end:
-                parts.append((segment, start, end - start))
-        return parts
+    def expire(self, name: str) -> None:
+        """Let the delay be over of all that waits in the delay targets of a device."""
+        table = self.mapped[name].live
+        assert table is not None
+        delayed, table.delayed[:] = list(table.delayed), []
+        for request in delayed:
+            segment = table.segment_at(request.io.sector)
+            below, offset, _delay = destination(segment, request.io.verb)
+            io = replace(request.io, sector=offset + request.io.sector - segment.start)
+            above = ((name, request.io.sector), *request.above)
+            self._serve(replace(request, io=io, above=above), below)
 
-    def _account(self, device: Mapped, sector: int, count: int) -> None:
-        for region in device.regions.values():
-            low = max(sector, region.start)
-            high = min(sector + count, region.start + region.length)
+    def waiting(self) -> list[tuple[str, Request]]:
+        """The applications' I/O that waits, and the device at which it does."""
+        found = []
+        for name, device in self.mapped.items():
+            queues = [device.waiting]
+            if device.live:
+                queues.append(device.live.delayed)
+                if device.live.multipath:
+                    queues.append(device.live.multipath.queued)
+            found += [(name, request) for queue in queues for request in queue]
+        return found
+
+    def _account(self, device: Mapped, io: Io) -> None:
+        for region in device.regions.values() if io.verb == "write" else ():
+            low = max(io.sector, region.start)
+            high = min(io.sector + io.count, region.start + region.length)
             if low < high:
                 first = (low - region.start) // region.step
                 for area in range(first, (high - 1 - region.start) // region.step + 1):
@@ -464,7 +665,7 @@ class Kernel:
         device = self.find(devno)
         while isinstance(device, Mapped):
             assert device.live is not None
-            below, offset = destination(device.live.segments[0])
+            below, offset, _delay = destination(device.live.segments[0])
             sector += offset
             device = self.find(below)
         if device.dead or device.unwritable.intersection(range(sector, sector + count)):
@@ -537,53 +738,144 @@ class Kernel:
         return self.mapped[name]
 
     def load(self, name: str, segments: Sequence[Segment]) -> None:
+        device = self.mapped[name]
+        table = Table(list(segments))
         end = 0
-        integrity = None
         for segment in segments:
             if segment.start != end or segment.length < 1:
                 raise fail(errno.EINVAL, f"{name}: gap or overlap at {end}")
             end += segment.length
-            if segment.target == "linear":
-                devno, offset = destination(segment)
-                if offset + segment.length > self.size(devno):
-                    raise fail(errno.EINVAL, f"{name}: {segment} is past the end")
-                device = self.find(devno)
-                if isinstance(device, Disk) and device.mounted:
-                    raise fail(errno.EBUSY, f"{device.path} is mounted")
-            elif segment.target == "integrity":
-                integrity = self.open_integrity(segment)
-            else:
-                assert segment.target == "error"
+            if segment.target == "integrity":
+                table.integrity = self.open_integrity(segment)
+            elif segment.target == "multipath":
+                table.multipath = Multipath.open(segment.params)
+                if len(segments) > 1:
+                    raise fail(errno.EINVAL, f"{name}: multipath stands alone in a table")
+                self._claim(name, table.multipath.devno, segment.length)
+            elif segment.target != "error":
+                for verb in ("read", "write", "flush"):
+                    devno, offset, _delay = destination(segment, verb)
+                    self._claim(name, devno, offset + segment.length)
         if not segments:
             raise fail(errno.EINVAL, f"{name}: no segments")
-        self.mapped[name].inactive = Table(list(segments), integrity)
+        wildcard = [segment.target for segment in segments] == ["error"]
+        if device.live and device.live.multipath and not table.multipath and not wildcard:
+            raise fail(errno.EINVAL, f"{name}: only multipath can follow multipath")
+        device.inactive = table
 
-    def suspend(self, name: str) -> None:
+    def _claim(self, name: str, devno: str, end: int) -> None:
+        """Open a device for a table that uses it up to the sector ``end``."""
+        device = self.find(devno)
+        if end > device.sectors:
+            raise fail(errno.EINVAL, f"{name}: {end} is past the end of {devno}")
+        if isinstance(device, Disk) and device.mounted:
+            raise fail(errno.EBUSY, f"{device.path} is mounted")
+
+    def suspend(self, name: str, noflush: bool = False) -> None:
         device = self.mapped[name]
-        for other in self.mapped.values():
-            for request in other.waiting:
-                if any(name == above for above, _sector, _count in request.above):
-                    raise Deadlock(f"{name} has a write in flight that waits at {other.name}")
-        if device.live and device.live.integrity and not device.suspended:
+        if device.suspended:
+            return
+        if device.live and device.live.multipath:
+            self._suspend_path(device, device.live.multipath, noflush)
+        if device.live:
+            self.expire(name)
+        for other, _request in self._below(name):
+            if self.mapped[other].live.delayed:
+                self.waited_for.append(other)
+                self.expire(other)
+        for other, _request in self._below(name):
+            raise Deadlock(f"{name} has I/O in flight that waits at {other}")
+        if device.live and device.live.integrity:
             self._write_back(device.live.integrity)
         device.suspended = True
 
-    def resume(self, name: str) -> None:
+    def _below(self, name: str) -> list[tuple[str, Request]]:
+        """What waits further down that came through a device."""
+        return [
+            (other, request)
+            for other, request in self.waiting()
+            if any(name == above for above, _sector in request.above)
+        ]
+
+    def _suspend_path(self, device: Mapped, path: Multipath, noflush: bool) -> None:
+        path.saved, path.queueing = path.queueing, False
+        queued, path.queued[:] = list(path.queued), []
+        if noflush:
+            device.waiting += queued
+            return
+        for request in queued:
+            self._account(device, request.io)
+            self._finish(request, b"", fail(errno.EIO, f"{device.name}: no path"))
+
+    def resume(self, name: str, noflush: bool = False) -> None:
         device = self.mapped[name]
         if device.inactive:
-            if not device.suspended:
-                self.suspend(name)
+            self.suspend(name, noflush)
             device.live, device.inactive = device.inactive, None
         device.suspended = False
-        waiting, device.waiting = device.waiting, []
+        path = device.live.multipath if device.live else None
+        if path and path.saved:
+            path.queueing, path.saved = True, False
+        waiting, device.waiting[:] = list(device.waiting), []
         for request in waiting:
-            self._serve(request, device)
+            self._serve(request, device.devno)
+
+    def message(self, name: str, text: str) -> None:
+        """A message to a multipath target."""
+        device = self.mapped[name]
+        path = device.live.multipath if device.live else None
+        if device.suspended:
+            raise fail(errno.EBUSY, f"{name} is suspended")
+        command, *words = text.split()
+        if not path or words not in ([], [path.devno]):
+            raise fail(errno.EINVAL, f"{name}: {text}")
+        if (command, len(words)) == ("fail_path", 1):
+            path.fail_path()
+        elif (command, len(words)) == ("reinstate_path", 1):
+            if not path.active:
+                path.active = True
+                self._try_again(device, path)
+        elif text == "queue_if_no_path":
+            path.queueing = True
+        elif text == "fail_if_no_path":
+            path.queueing = False
+            self._try_again(device, path)
+        else:
+            raise fail(errno.EINVAL, f"{name}: {text}")
+
+    def _try_again(self, device: Mapped, path: Multipath) -> None:
+        queued, path.queued[:] = list(path.queued), []
+        for request in queued:
+            self._serve(request, device.devno)
+
+    def shown(self, name: str) -> list[Segment]:
+        """The live table as the kernel shows it."""
+        live = self.mapped[name].live
+        if live and live.multipath:
+            return [replace(segment, params=live.multipath.table()) for segment in live.segments]
+        return list(live.segments) if live else []
+
+    def status(self, name: str) -> list[Segment]:
+        """The live status: a path's state, how much I/O has a delay, else nothing."""
+        live = self.mapped[name].live
+        assert live is not None
+        found = []
+        for segment in live.segments:
+            params = ""
+            if live.multipath:
+                params = live.multipath.status()
+            elif segment.target == "delay":
+                verbs = [r.io.verb for r in live.delayed if live.segment_at(r.io.sector) is segment]
+                params = " ".join(str(verbs.count(verb)) for verb in ("read", "write", "flush"))
+            assert segment.target != "integrity", f"the status of {name} is not modelled"
+            found.append(replace(segment, params=params))
+        return found
 
     def remove(self, name: str) -> None:
         device = self.mapped[name]
         if self.opened(device):
             raise fail(errno.EBUSY, f"{name} is open")
-        assert not device.waiting, f"{name} is removed with writes waiting"
+        assert name not in dict(self.waiting()), f"{name} is removed with I/O waiting"
         if device.live and device.live.integrity:
             self._write_back(device.live.integrity)
         del self.mapped[name]
@@ -593,8 +885,10 @@ def below(segments: Iterable[Segment]) -> list[str]:
     """Device numbers that a table uses, each once."""
     found = []
     for segment in segments:
-        if segment.target == "linear":
-            found.append(destination(segment)[0])
+        if segment.target in ("linear", "delay"):
+            found += [destination(segment, verb)[0] for verb in ("read", "write", "flush")]
+        elif segment.target == "multipath":
+            found.append(Multipath.open(segment.params).devno)
         elif segment.target == "integrity":
             words = segment.params.split()
             found.append(words[0])
@@ -647,7 +941,13 @@ class Mapper:
         assert set(targets) <= set(self.kernel_targets())
 
     def kernel_targets(self) -> dict[str, tuple[int, int, int]]:
-        return {"linear": (1, 4, 0), "error": (1, 5, 0), "integrity": (1, 10, 0)}
+        return {
+            "linear": (1, 4, 0),
+            "error": (1, 5, 0),
+            "integrity": (1, 10, 0),
+            "multipath": (1, 14, 0),
+            "delay": (1, 3, 0),
+        }
 
     def names(self) -> list[str]:
         return list(self._process.look().mapped)
@@ -669,8 +969,12 @@ class Mapper:
         )
 
     def table(self, name: str) -> list[Segment]:
-        live = self._device(name).live
-        return list(live.segments) if live else []
+        self._device(name)
+        return self._process.kernel.shown(name)
+
+    def status(self, name: str) -> list[Segment]:
+        self._device(name)
+        return self._process.kernel.status(name)
 
     def create(self, name: str, uuid: str, segments: Iterable[Segment], private: bool) -> None:
         def insert() -> None:
@@ -716,6 +1020,9 @@ class Mapper:
     def message(self, name: str, text: str, sector: int = 0) -> str:
         device = self._device(name)
         command, *words = text.split()
+        if not command.startswith("@"):
+            self._run("message", name, lambda: self._process.kernel.message(name, text))
+            return ""
         if command == "@stats_create":
             start, length = map(int, words[0].split("+"))
             self._process.change("stats_create")
