@@ -35,9 +35,9 @@ SECTOR = 512
 FILE_BLOCKS = 256
 # The block of each file that goes bad; far enough from both ends to show that the rest is well.
 BAD_BLOCK = 100
-# Reads that fail before a weak sector answers: the application's, the daemon's two, eight while
-# the salvage narrows the chunk down to one block, and its first retry.
-WEAK_READS = 12
+# Reads that fail before a weak sector answers: the application's, the daemon's two, the three that
+# the salvage needs at most to find the block, and its first retry.
+WEAK_READS = 7
 PATIENCE_SECONDS = 300.0
 HERE = Path(__file__).resolve().parent
 

@@ -16,7 +16,9 @@ import results
 import yaml
 from lay_out_collection import BUILD, COPY, ROOT
 
-CORE = "blockdev copies devmapper engine errors extents format mapping planner pool salvage".split()
+CORE = (
+    "blockdev copies devmapper engine errors extents format ladder mapping planner pool salvage"
+).split()
 GATE_SECONDS = 300
 
 

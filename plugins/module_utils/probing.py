@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Callable, Protocol
 
 from .extents import merge_sectors
+from .ladder import Ladder, Span
 
 SYSFS = "/sys"
 
@@ -142,23 +143,27 @@ def probe(
         return (readable or bool(bad)) and not in_time()
 
     for start, count in merge_sectors(_widen(ranges, unit, device.sectors)):
-        position, end = start, start + count
-        while position < end and not late():
-            step = min(max(STRIDE, unit), end - position)
-            fault = _read(device, position, step)
+        # The last unit of a device may be cut short.
+        end = start + count
+        ladder = Ladder([Span(0, -(-count // unit), size=max(1, STRIDE // unit))])
+        due = ladder.next_read()
+        while due and not late():
+            position = start + due[0] * unit
+            size = min(due[1] * unit, end - position)
+            fault = _read(device, position, size)
             readable = readable or not fault
             first_errno = first_errno or fault
-            reach = position + step
-            while fault and position < reach and not late():
-                size = min(unit, reach - position)
-                single = _read(device, position, size)
-                readable = readable or not single
-                if single:
+            if not fault:
+                ladder.succeeded()
+            else:
+                if due[1] == 1:
                     bad.append((position, size))
-                position += size
-            position = position if fault else reach
-        if position < end:
-            unread.append((position, end - position))
+                # There are seconds only, so no failing read is risked.
+                ladder.failed(slow=True)
+            due = ladder.next_read()
+        for span in ladder.left:
+            position = start + span.first * unit
+            unread.append((position, min(span.blocks * unit, end - position)))
     return Probe(merge_sectors(bad), merge_sectors(unread), readable, first_errno)
 
 

@@ -42,13 +42,13 @@ class Pair:
         return self.block // 512
 
 
-# A chunk of 128 blocks is read 8 times down to the single bad block, one of 16 blocks 5 times.
-# The kernel tries each request to an nvme disk 6 times.
+# The bad block takes part in three failing reads of the first pass, or in two where these are slow;
+# four retries follow. The kernel tries each request to an nvme disk 6 times.
 PAIRS = [
-    Pair("main", "spare", "EIO", 10),
-    Pair("scsi", "spare", "ENODATA", 10),
-    Pair("nvme", "spare", "EIO", 8 * 6 + 8),
-    Pair("main4k", "spare4k", "EIO", 6, block=4096),
+    Pair("main", "spare", "EIO", 4),
+    Pair("scsi", "spare", "ENODATA", 4),
+    Pair("nvme", "spare", "EIO", 3 * 6 + 2),
+    Pair("main4k", "spare4k", "EIO", 4, block=4096),
 ]
 
 
