@@ -25,7 +25,7 @@ from .devmapper import DeviceMapper, MappedDevice, Segment, check_name
 from .errors import DmRemapError, Refused
 from .events import hashed_machine_id, intersect_ranges
 from .format import Extent, Geometry, Metadata, geometry_of, pack_slot, spare_uuid_of
-from .freezing import FREEZE_SECONDS, Freezer, held_chunks
+from .freezing import FREEZE_SECONDS, Freezer, held_chunks, is_parked
 from .planner import ActiveSpare, ActiveTarget, Candidate, Plan, Request, Seen
 from .probing import MEDIUM_ERRORS, answers
 from .salvage import Outcome, Patience, Salvage, salvage
@@ -112,6 +112,9 @@ class Mapper(Protocol):
 
     def swap(self, name: str, events: Any = ...) -> None:
         """Make it live, and resume."""
+
+    def clear(self, name: str) -> None:
+        """Drop the inactive table."""
 
     def events(self) -> AbstractContextManager[Any]:
         """Collect the events of swaps."""
@@ -260,6 +263,26 @@ class Engine:
             yield
 
     @contextlib.contextmanager
+    def healing(self) -> Iterator[None]:
+        """Show that this process heals held I/O while the block runs.
+
+        Raises:
+            Refused: another process does.
+        """
+        os.makedirs(self._lock_dir, mode=0o755, exist_ok=True)
+        path = os.path.join(self._lock_dir, HEALER_LOCK)
+        with open(path, "w", encoding="ascii") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                raise Refused(
+                    "is held by another process that heals I/O on this host",
+                    device=path,
+                    remedy="stop the other dm-remapd",
+                ) from error
+            yield
+
+    @contextlib.contextmanager
     def _lock(self, name: str) -> Iterator[None]:
         os.makedirs(self._lock_dir, mode=0o755, exist_ok=True)
         with open(os.path.join(self._lock_dir, name), "w", encoding="ascii") as file:
@@ -309,7 +332,7 @@ class Engine:
         own |= {part.devno for part in (shim, frozen) if part}
         mains = [devno for devno in used if devno not in own] or self._lower_mains(name, own)
         main = self._blocks.describe(self._blocks.node_of(mains[0])) if mains else None
-        return ActiveTarget(
+        found = ActiveTarget(
             device=device,
             map=upper,
             table=table,
@@ -320,6 +343,7 @@ class Engine:
             shim=shim if shim and shim.devno in used else None,
             frozen=frozen if frozen and frozen.devno in used else None,
         )
+        return replace(found, tidy=bool(found.frozen) or is_parked(self._mapper, found))
 
     def _map_of(self, device: MappedDevice) -> tuple[MappedDevice, stack.PathState | None]:
         """The device whose table is the map, and the state of the path that holds I/O above it."""
@@ -614,6 +638,9 @@ class Engine:
 
     def _do_thaw(self, plan: Plan, action: planner.Action) -> None:
         self._end_freeze(plan.name)
+
+    def _do_tidy(self, plan: Plan, action: planner.Action) -> None:
+        self._freezer.park(self.require(plan.name))
 
     def _do_update_config(self, plan: Plan, action: planner.Action) -> None:
         target = self.require(plan.name)

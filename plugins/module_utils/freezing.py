@@ -46,6 +46,9 @@ class Tables(Protocol):
     def swap(self, name: str, events: Any = ...) -> None:
         """Make it live, and resume."""
 
+    def clear(self, name: str) -> None:
+        """Drop the inactive table."""
+
 
 @dataclass(frozen=True)
 class Freeze:
@@ -150,17 +153,16 @@ class Freezer:
         self._step("swapped")
 
     def park(self, target: ActiveTarget) -> None:
-        """Let the freezing devices, which nothing uses, hold no spare any more."""
-        frozen, place = stack.frozen_name(target.name), stack.place_name(target.name)
-        table = self._mapper.table(place)
-        if len(table) == 1:
-            return
-        self._mapper.load(
-            frozen, stack.whole_table(stack.CARRIER_SECTORS, self._existing(place).devno)
-        )
-        self._mapper.swap(frozen)
-        self._put(target, place, stack.place_table([], target.carrier))
-        self._step("parked")
+        """Leave no table unused, and let the freezing devices, which nothing uses, hold no spare."""
+        for device in _own_parts(self._mapper, target):
+            if device and device.inactive_table:
+                self._mapper.clear(device.name)
+        place, frozen = stack.place_name(target.name), stack.frozen_name(target.name)
+        if not is_parked(self._mapper, target):
+            self._put(target, place, stack.place_table([], target.carrier))
+            below = self._existing(place).devno
+            self._put(target, frozen, stack.whole_table(stack.CARRIER_SECTORS, below))
+            self._step("parked")
 
     def fail(self, name: str) -> None:
         """Let I/O to frozen chunks fail, because nobody knows where they are and none may hang.
@@ -222,6 +224,37 @@ class Freezer:
             length = min(chunk_sectors, total - chunk * chunk_sectors)
             found.append((*place_of(target, metadata, chunk), length))
         return found
+
+
+def _own_parts(mapper: Tables, target: ActiveTarget) -> list[MappedDevice | None]:
+    """The map and the freezing devices; None for one that does not exist or is somebody else's."""
+    found = []
+    for part in (
+        target.map.name,
+        stack.frozen_name(target.name),
+        stack.place_name(target.name),
+    ):
+        device = mapper.info(part)
+        own = stack.part_uuid(target.device.uuid, target.name, part)
+        found.append(device if device and device.uuid == own else None)
+    return found
+
+
+def is_parked(mapper: Tables, target: ActiveTarget) -> bool:
+    """Whether an interrupted freeze has left nothing that a new one would not find."""
+    devices = _own_parts(mapper, target)
+    if any(device and device.inactive_table for device in devices):
+        return False
+    _map, *freezing = devices
+    if not any(freezing):
+        return True
+    return (
+        all(
+            device is not None and device.live_table and len(mapper.table(device.name)) == 1
+            for device in freezing
+        )
+        and mapper.table(stack.frozen_name(target.name))[0].target == "linear"
+    )
 
 
 def place_of(target: ActiveTarget, metadata: Metadata, chunk: int) -> tuple[str, int]:

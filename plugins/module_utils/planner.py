@@ -81,6 +81,7 @@ class ActiveTarget:
         path: state of the path that holds failed I/O; None where errors are passed on.
         shim: the device between the map and main.
         frozen: the device that the map sends frozen chunks to, where a move was interrupted.
+        tidy: whether an interruption left nothing else in the kernel.
     """
 
     device: MappedDevice
@@ -92,6 +93,7 @@ class ActiveTarget:
     path: PathState | None = None
     shim: MappedDevice | None = None
     frozen: MappedDevice | None = None
+    tidy: bool = True
 
     @property
     def name(self) -> str:
@@ -731,6 +733,8 @@ def plan_upkeep(target: ActiveTarget) -> Plan:
     actions = _repairs(target.choice, spares)
     if target.frozen:
         actions.append(Action("thaw", target.name))
+    elif not target.tidy:
+        actions.append(Action("tidy", target.name))
     state = _state(target.metadata, spares)
     return Plan(
         name=target.device.name,

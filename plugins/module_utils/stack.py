@@ -90,10 +90,10 @@ def whole_table(sectors: int, devno: str) -> list[Segment]:
 def hold_table(sectors: int, devno: str) -> list[Segment]:
     """A bio-based multipath with one path that queues while the path is failed.
 
-    Source: drivers/md/dm-mpath.c (features, hardware handler, one priority group, one path without
-    a repeat count).
+    Source: drivers/md/dm-mpath.c (features, hardware handler, one priority group, one path with
+    its repeat count).
     """
-    params = f"3 queue_if_no_path queue_mode bio 0 1 1 round-robin 0 1 0 {devno}"
+    params = f"3 queue_if_no_path queue_mode bio 0 1 1 round-robin 0 1 1 {devno} 1"
     return [Segment(0, sectors, "multipath", params)]
 
 

@@ -952,6 +952,10 @@ class Mapper:
     def names(self) -> list[str]:
         return list(self._process.look().mapped)
 
+    def arm_queue_timeout(self, seconds: int) -> int:
+        self._process.look()
+        return seconds
+
     def info(self, name: str) -> MappedDevice | None:
         kernel = self._process.look()
         device = kernel.mapped.get(name)
@@ -1002,6 +1006,13 @@ class Mapper:
     def swap(self, name: str, events: None = None) -> None:
         self._device(name)
         self._run("swap", name, lambda: self._process.kernel.resume(name))
+
+    def clear(self, name: str) -> None:
+        def drop() -> None:
+            self._process.kernel.mapped[name].inactive = None
+
+        self._device(name)
+        self._run("clear", name, drop)
 
     def suspend(self, name: str) -> None:
         self._device(name)
