@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from . import pool
 from .extents import merge_sectors
 from .format import geometry_of
-from .planner import SECTOR_BYTES, ActiveTarget, Plan, readable_table, warnings_of
+from .planner import SECTOR_BYTES, ActiveTarget, Plan, readable_table, shim_of, warnings_of
 
 if TYPE_CHECKING:
     from .engine import RemapReport
@@ -32,6 +32,8 @@ def describe_target(target: ActiveTarget) -> dict[str, Any]:
         "sectors": config["main"]["sectors"],
         "chunk_size": config["chunk_sectors"] * SECTOR_BYTES,
         "on_error": config["on_error"],
+        "shim": shim_of(metadata),
+        "holding": target.path is not None and target.path.queueing,
         "main": {
             "path": target.main.path if target.main else None,
             "devno": target.main.devno if target.main else None,

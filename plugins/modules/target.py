@@ -22,7 +22,7 @@ description:
     spares.
   - What is not safe is refused before anything is written; the message says what would be needed.
 requirements:
-  - Linux with device-mapper and its C(integrity) target
+  - Linux with device-mapper and its targets C(integrity), C(delay) and C(multipath)
   - libdevmapper on the managed host
 options:
   name:
@@ -54,10 +54,25 @@ options:
   on_error:
     description:
       - What happens to an I/O that meets a bad sector.
+      - With V(hold) it waits until the daemon C(dm-remapd) has moved the chunk to a spare, and goes
+        on there. The application sees an error only where data is lost, or if nothing heals the
+        chunk within 120 seconds. Needs the role C(dm_remap.storage.host) on the host.
       - With V(fail) the error reaches the application, and the chunk is remapped afterwards.
+      - Can be changed while the target is in use.
+      - A new target gets V(hold) if this is not given.
     type: str
-    choices: [fail]
-    default: fail
+    choices: [hold, fail]
+  shim:
+    description:
+      - A layer between the target and its main that turns every error into one that
+        O(on_error=hold) can hold. Without it, medium errors of SCSI and NVMe disks reach the
+        application once, and the next try finds the healed chunk.
+      - V(raid) is a C(raid1) of one leg, which costs some throughput, see C(docs/data-path.md).
+      - V(auto) takes V(raid) for SCSI and NVMe disks, and V(none) for all others.
+      - Can be changed while the target is in use.
+      - A new target gets V(none) if this is not given.
+    type: str
+    choices: [none, raid, auto]
   wipe:
     description:
       - Allow spares that hold a filesystem, a partition table or anything else, which is erased.
@@ -112,6 +127,15 @@ EXAMPLES = r"""
   check_mode: true
   diff: true
 
+- name: Let errors of an NVMe disk wait for their cure too, and see what that changes
+  dm_remap.storage.target:
+    name: data
+    main: /dev/disk/by-id/nvme-EXAMPLE_MAIN
+    spares: [/dev/disk/by-id/ata-EXAMPLE_SPARE_1]
+    on_error: hold
+    shim: auto
+  diff: true
+
 - name: Remove a target that has no remaps; the main is as it was
   dm_remap.storage.target:
     name: data
@@ -161,7 +185,8 @@ def main() -> None:
             "main": {"type": "path"},
             "spares": {"type": "list", "elements": "path", "default": []},
             "chunk_size": {"type": "str"},
-            "on_error": {"type": "str", "choices": ["fail"], "default": "fail"},
+            "on_error": {"type": "str", "choices": ["hold", "fail"]},
+            "shim": {"type": "str", "choices": ["none", "raid", "auto"]},
             "wipe": {"type": "bool", "default": False},
             "discard_remaps": {"type": "bool", "default": False},
             "state": {"type": "str", "choices": ["present", "absent"], "default": "present"},
@@ -219,6 +244,7 @@ def request_from(module: AnsibleModule) -> Request:
         spares=tuple(params["spares"]),
         chunk_bytes=chunk_bytes,
         on_error=params["on_error"],
+        shim=params["shim"],
         wipe=params["wipe"],
         discard_remaps=params["discard_remaps"],
     )

@@ -26,7 +26,16 @@ from dm_remap.errors import DmRemapError, Refused, StaleGeneration
 from dm_remap.format import geometry_of, minimum_spare_sectors
 from dm_remap.planner import Request, plan_absent, plan_present, plan_upkeep
 from dm_remap.salvage import Patience
-from tests.unit.fake_kernel import FILESYSTEM_MAGIC, SECTOR, Disk, Kernel, Killed, Process, Volatile
+from tests.unit.fake_kernel import (
+    FILESYSTEM_MAGIC,
+    SECTOR,
+    Blocked,
+    Disk,
+    Kernel,
+    Killed,
+    Process,
+    Volatile,
+)
 
 NAME = "guarded"
 CHUNK = 8
@@ -150,6 +159,12 @@ class Scene:
         try:
             return self.kernel.read(self.kernel.mapped[NAME].devno, sector, self.app.block)
         except OSError:
+            return None
+        except Blocked as blocked:
+            assert blocked.at.name == f"{NAME}-hold"
+            # The error is held; what comes after it must not be.
+            engine = self.engine()
+            engine.release(engine.require(NAME))
             return None
 
     def generation(self) -> int:
