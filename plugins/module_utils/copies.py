@@ -356,6 +356,24 @@ def survey(device: Device) -> Survey:
     )
 
 
+def carries(devices: Mapping[int, Device], metadata: Metadata) -> bool:
+    """Whether a header on one of the target's spares is of this generation: a quick look.
+
+    A commit writes copy 1 of every spare before any spare's copy 0, so that one is read.
+
+    Args:
+        devices: position in the list of spares to device.
+        metadata: the generation.
+    """
+    index, device = min(devices.items())
+    sector = NEAR_SECTORS[1]
+    try:
+        header = unpack_header(_read(device, sector, HEADER_BYTES), sector)
+    except Invalid:
+        return False
+    return (header.spare_uuid, header.digest) == (spare_uuid_of(metadata, index), metadata.digest)
+
+
 # Choice
 
 

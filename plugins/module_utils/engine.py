@@ -17,7 +17,7 @@ from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
-from typing import Any, Protocol
+from typing import IO, Any, Protocol
 
 from . import blockdev, copies, extents, mapping, planner, pool, stack
 from .blockdev import SECTOR_BYTES, DeviceInfo
@@ -189,14 +189,55 @@ class RemapReport:
         return self.lost_before + [item for chunk in self.chunks for item in chunk.lost]
 
 
+@dataclass(frozen=True)
+class Disks:
+    """Open devices of a target: main, its spares' integrity devices, and the spares themselves."""
+
+    main: OpenDevice
+    spares: Mapping[int, OpenDevice]
+    members: Mapping[int, OpenDevice]
+
+
+@dataclass(frozen=True)
+class Moved:
+    """What a move did.
+
+    Args:
+        metadata: the generation afterwards.
+        chunks: what became of the chunks that were moved.
+        extents: where they are now, one extent each.
+        salvage_seconds: until all was read and is on the spares.
+        pause_seconds: how long I/O to the chunks had to wait.
+    """
+
+    metadata: Metadata
+    chunks: list[RemappedChunk]
+    extents: list[Extent]
+    salvage_seconds: float
+    pause_seconds: float
+
+    @property
+    def lost(self) -> list[tuple[int, int]]:
+        """Sectors that were lost, as (first, count) on the target."""
+        return [item for chunk in self.chunks for item in chunk.lost]
+
+
 @dataclass(eq=False)
 class _Work:
-    """A chunk on its way to a spare."""
+    """A chunk on its way to a spare, whose extent is known when it has a place."""
 
-    extent: Extent
+    chunk: int
     start: int
     length: int
     salvage: Salvage
+    place: Extent | None = None
+
+    @property
+    def extent(self) -> Extent:
+        """Where the chunk goes."""
+        if self.place is None:
+            raise AssertionError("the chunk has no place yet")
+        return self.place
 
 
 class Engine:
@@ -256,6 +297,17 @@ class Engine:
             yield
 
     @contextlib.contextmanager
+    def try_locked(self, name: str) -> Iterator[bool]:
+        """Hold the lock of target ``name`` if nobody else has it; whether that is so."""
+        with self._lock_file(check_name(name) + ".lock") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                yield False
+            else:
+                yield True
+
+    @contextlib.contextmanager
     def locked_host(self) -> Iterator[None]:
         """Hold the lock under which devices get new owners; take it before a target's lock."""
         # No target can be called like this file.
@@ -269,25 +321,26 @@ class Engine:
         Raises:
             Refused: another process does.
         """
-        os.makedirs(self._lock_dir, mode=0o755, exist_ok=True)
-        path = os.path.join(self._lock_dir, HEALER_LOCK)
-        with open(path, "w", encoding="ascii") as file:
+        with self._lock_file(HEALER_LOCK) as file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError as error:
                 raise Refused(
                     "is held by another process that heals I/O on this host",
-                    device=path,
+                    device=file.name,
                     remedy="stop the other dm-remapd",
                 ) from error
             yield
 
     @contextlib.contextmanager
     def _lock(self, name: str) -> Iterator[None]:
-        os.makedirs(self._lock_dir, mode=0o755, exist_ok=True)
-        with open(os.path.join(self._lock_dir, name), "w", encoding="ascii") as file:
+        with self._lock_file(name) as file:
             fcntl.flock(file, fcntl.LOCK_EX)
             yield
+
+    def _lock_file(self, name: str) -> IO[str]:
+        os.makedirs(self._lock_dir, mode=0o755, exist_ok=True)
+        return open(os.path.join(self._lock_dir, name), "w", encoding="ascii")  # noqa: SIM115
 
     def target_names(self) -> list[str]:
         """Names of the active targets."""
@@ -353,8 +406,7 @@ class Engine:
             return device, None
         if hold.devno not in self._mapper.dependencies(device.name):
             return device, None
-        (status,), (table,) = self._mapper.status(hold.name), self._mapper.table(hold.name)
-        return upper, stack.path_state(status, table)
+        return upper, self.path_of(device.name)
 
     def _lower_mains(self, name: str, own: Collection[str]) -> list[str]:
         """Main's device number where only the shim or the freezing devices lead to it."""
@@ -565,7 +617,7 @@ class Engine:
         draft = replace(_metadata_of(plan), timestamp_ns=time.time_ns(), host_id=host_id())
         with contextlib.ExitStack() as stack:
             copies.commit(self._open_members(stack, plan.spares), None, draft, step=self._step)
-        self._backup(draft)
+        self.backup(draft)
 
     def _do_repair_metadata(self, plan: Plan, action: planner.Action) -> None:
         surveys = {}
@@ -650,7 +702,7 @@ class Engine:
             copies.commit(
                 self._open_members(members, plan.spares), target.metadata, new, step=self._step
             )
-        self._backup(new)
+        self.backup(new)
 
     def _do_hold_errors(self, plan: Plan, action: planner.Action) -> None:
         target = self.require(plan.name)
@@ -697,6 +749,39 @@ class Engine:
         self._mapper.load(target.map.name, table)
         with self._mapper.events() as events:
             self._mapper.swap(target.map.name, events if target.path is None else None)
+
+    def path_of(self, name: str) -> stack.PathState:
+        """State of the path of a target whose errors are held.
+
+        Raises:
+            DmRemapError: there is no such device.
+        """
+        hold = stack.hold_name(name)
+        (status,), (table,) = self._mapper.status(hold), self._mapper.table(hold)
+        return stack.path_state(status, table)
+
+    def is_current(self, target: ActiveTarget, disks: Disks) -> bool:
+        """Whether a target that holds its errors is as it was observed.
+
+        Whoever changes its chunks commits a generation, so one copy of the metadata tells.
+        """
+        device = self._mapper.info(target.name)
+        hold = self._mapper.info(stack.hold_name(target.name))
+        if device is None or hold is None or target.path is None or not target.tidy:
+            return False
+        if (device.uuid, device.devno) != (target.device.uuid, target.device.devno):
+            return False
+        if self._mapper.dependencies(target.name) != [hold.devno]:
+            return False
+        shim = self._mapper.info(stack.shim_name(target.name))
+        if (shim and shim.devno) != (target.shim and target.shim.devno):
+            return False
+        return copies.carries(disks.members, target.metadata)
+
+    def fail_held(self, target: ActiveTarget) -> None:
+        """Let all I/O that waits fail, and hold what fails from now on."""
+        self._mapper.message(stack.hold_name(target.name), "fail_if_no_path")
+        self.release(target)
 
     def release(self, target: ActiveTarget) -> None:
         """Let held I/O go on, and hold what fails from now on."""
@@ -776,54 +861,106 @@ class Engine:
             ]
 
     def _remap(self, target: ActiveTarget, plan: Plan, patience: Patience) -> RemapReport:
-        name, metadata = plan.name, target.metadata
         if not plan.placed:
             return RemapReport(planner.remap_actions(target, (), ()))
-        if target.main is None:
-            raise AssertionError("a target with chunks to remap has a main")
         self._check_freezing_names(target)
-        works: list[_Work] = []
         chunks = [extent.logical for extent in plan.placed]
         with contextlib.ExitStack() as opened:
+            disks = opened.enter_context(self.opened(target))
             events = opened.enter_context(self._mapper.events())
-            main = opened.enter_context(self._blocks.BlockDevice(target.main.path))
-            spares = {
-                spare.index: opened.enter_context(
-                    self._blocks.BlockDevice(self._blocks.node_of(spare.devno), writable=True)
-                )
-                for spare in target.spares
-            }
-            members = self._open_members(opened, plan.spares)
-            opened.enter_context(self._guarded(name))
-            begun = time.monotonic()
-            try:
-                # A salvage may take its budget twice over before the delay ends.
-                seconds = max(FREEZE_SECONDS, 2 * patience.budget)
-                freeze = self._freezer.freeze(target, chunks, seconds, events)
-                self.release(target)
-                for extent in plan.placed:
-                    works.append(self._salvage_chunk(metadata, name, extent, main, patience))
-                    self._step("salvaged")
-                _confirm_losses(main, works, target.main)
-                self._write_chunks(works, target, spares, members)
+            opened.enter_context(self._guarded(plan.name))
+            moved = self.move(target, disks, chunks, patience, events)
+        self.backup(moved.metadata)
+        return RemapReport(
+            plan=planner.remap_actions(target, moved.extents, moved.lost),
+            chunks=moved.chunks,
+            salvage_seconds=moved.salvage_seconds,
+            pause_seconds=moved.pause_seconds,
+        )
+
+    @contextlib.contextmanager
+    def opened(self, target: ActiveTarget) -> Iterator[Disks]:
+        """Open what a move reads and writes.
+
+        Raises:
+            DmRemapError: a device cannot be opened, or no chunk is on main.
+        """
+        if target.main is None:
+            raise DmRemapError("its main is not known", device=target.name)
+        with contextlib.ExitStack() as opened:
+            yield Disks(
+                main=opened.enter_context(self._blocks.BlockDevice(target.main.path)),
+                spares={
+                    spare.index: opened.enter_context(
+                        self._blocks.BlockDevice(self._blocks.node_of(spare.devno), writable=True)
+                    )
+                    for spare in target.spares
+                },
+                members=self._open_members(
+                    opened, {s.index: s.candidate.info for s in target.spares}
+                ),
+            )
+
+    def move(
+        self,
+        target: ActiveTarget,
+        disks: Disks,
+        chunks: Sequence[int],
+        patience: Patience,
+        events: Any = None,
+        wanted: Callable[[int, Salvage], bool] = lambda chunk, salvage: True,
+    ) -> Moved:
+        """Move chunks from main to spares; the caller holds the lock.
+
+        Held I/O goes on as soon as the chunks are frozen, that to the chunks when they are moved.
+
+        Args:
+            target: the target, of whose chunks none is frozen.
+            disks: its open devices.
+            chunks: logical chunks that are on main.
+            patience: how hard to try to read failing blocks.
+            events: what `DeviceMapper.events` gave, for a target that udev must be told about.
+            wanted: says of a chunk that was read whether it is to be moved after all.
+
+        Raises:
+            DmRemapError: a step failed; the chunks are where the metadata says.
+        """
+        name, metadata = target.name, target.metadata
+        begun = time.monotonic()
+        try:
+            # A salvage may take its budget twice over before what waits fails.
+            seconds = max(FREEZE_SECONDS, 2 * patience.budget)
+            self._freezer.freeze(target, chunks, seconds, events)
+            self.release(target)
+            works = []
+            for chunk in chunks:
+                works.append(self._salvage_chunk(metadata, name, chunk, disks.main, patience))
+                self._step("salvaged")
+            if target.main is None:
+                raise AssertionError("a target with chunks on main has a main")
+            _confirm_losses(disks.main, works, target.main)
+            works = [work for work in works if wanted(work.chunk, work.salvage)]
+            salvage_seconds = time.monotonic() - begun
+            if works:
+                self._write_chunks(works, target, disks)
                 self._step("data_flushed")
                 salvage_seconds = time.monotonic() - begun
                 new = self._next(metadata, works)
-                commit = copies.prepare_commit(members, metadata, new)
-                self._freezer.close(freeze)
-                commit.write(self._step)
+                copies.commit(disks.members, metadata, new, self._step)
                 self._step("committed")
-                self._freezer.thaw(target, new, chunks, events)
-            except BaseException:
-                # Only the metadata on the spares can say now where the chunks are.
-                self._end_freeze(name)
-                raise
-            pause_seconds = time.monotonic() - begun
-            self._freezer.park(target)
-        self._backup(new)
-        return RemapReport(
-            plan=planner.remap_actions(target, *_outcome(works)),
+            else:
+                new = metadata
+            self._freezer.thaw(target, new, chunks, events)
+        except BaseException:
+            # Only the metadata on the spares can say now where the chunks are.
+            self._end_freeze(name)
+            raise
+        pause_seconds = time.monotonic() - begun
+        self._freezer.park(target)
+        return Moved(
+            metadata=new,
             chunks=[_report(work) for work in works],
+            extents=[work.extent for work in works],
             salvage_seconds=salvage_seconds,
             pause_seconds=pause_seconds,
         )
@@ -841,39 +978,31 @@ class Engine:
         self,
         metadata: Metadata,
         name: str,
-        extent: Extent,
+        chunk: int,
         main: OpenDevice,
         patience: Patience,
     ) -> _Work:
         chunk_sectors = metadata.config["chunk_sectors"]
         block_sectors = metadata.config["block_sectors"]
-        start = extent.logical * chunk_sectors
+        start = chunk * chunk_sectors
         length = min(chunk_sectors, metadata.config["main"]["sectors"] - start)
-        self._progress(f"salvage chunk {extent.logical} of {name}")
+        self._progress(f"salvage chunk {chunk} of {name}")
         return _Work(
-            extent=extent,
+            chunk=chunk,
             start=start,
             length=length,
             salvage=salvage(main, start, length, block_sectors, patience),
         )
 
-    def _write_chunks(
-        self,
-        works: Sequence[_Work],
-        target: ActiveTarget,
-        spares: Mapping[int, OpenDevice],
-        members: Mapping[int, OpenDevice],
-    ) -> None:
-        """Write what was read, and flush; chunks get other places where theirs will not do.
+    def _write_chunks(self, works: Sequence[_Work], target: ActiveTarget, disks: Disks) -> None:
+        """Give the chunks places, write what was read of them, and flush.
 
         A place that is bad itself, or that has old data where a lost sector must read as an error
         and cannot be made to, is passed over, and a spare that fails is not used.
 
-        Args:
-            works: the chunks with their first places.
-            target: the target.
-            spares: its open integrity devices by index of the spare.
-            members: the spares themselves, open, by index.
+        Raises:
+            Refused: the spares have too few free chunks.
+            DmRemapError: no spare can be written.
         """
         metadata = target.metadata
         usable = planner.usable_geometries(target)
@@ -882,13 +1011,17 @@ class Engine:
         bad_places: Counter[int] = Counter()
         pending = list(works)
         while pending:
+            settled = [work.extent for work in works if work not in pending]
+            self._place_chunks(
+                pending, [*metadata.extents, *settled], target, usable, shunned, faults
+            )
             dirty = []
             for work in pending:
                 index = work.extent.spare
                 if index not in usable:
                     continue
                 try:
-                    _try_place(work, members[index], usable[index])
+                    _try_place(work, disks.members[index], usable[index])
                 except OSError as error:
                     faults[index] = error
                     dirty.append(work)
@@ -898,44 +1031,57 @@ class Engine:
                         usable.pop(index)
                     continue
                 try:
-                    _write_chunk(work, spares[index], metadata)
-                    if not _lost_fail(work, spares[index], metadata):
-                        self._poison(target.name, work, members[index], usable[index])
-                        if not _lost_fail(work, spares[index], metadata):
-                            dirty.append(work)
-                            shunned.append((index, work.extent.physical))
+                    if not self._write_chunk(work, target, disks, usable[index]):
+                        dirty.append(work)
+                        shunned.append((index, work.extent.physical))
                 except OSError as error:
                     faults[index] = error
                     usable.pop(index)
-            for index in {work.extent.spare for work in works} & set(usable):
+            for index in {work.extent.spare for work in pending} & set(usable):
                 try:
-                    spares[index].flush()
+                    disks.spares[index].flush()
                     for work in pending:
                         if work.extent.spare == index and work not in dirty:
-                            _check_chunk(work, spares[index], metadata)
+                            _check_chunk(work, disks.spares[index], metadata)
                 except OSError as error:
                     faults[index] = error
                     usable.pop(index)
+            # A spare that fails takes the chunks with it that it had taken before.
             pending = [w for w in works if w in dirty or w.extent.spare not in usable]
-            settled = [work.extent for work in works if work not in pending]
-            try:
-                placed = pool.allocate(
-                    [work.extent.logical for work in pending],
-                    usable,
-                    [*metadata.extents, *settled],
-                    shunned,
-                )
-            except Refused as error:
-                for spare in target.spares:
-                    if spare.index in faults:
-                        raise DmRemapError(
-                            f"cannot be written: {faults[spare.index]}",
-                            device=spare.candidate.info.path,
-                            remedy="nothing was changed; copy the data to another disk",
-                        ) from error
-                raise
-            for work, extent in zip(pending, placed):
-                work.extent = extent
+
+    def _place_chunks(
+        self,
+        works: Sequence[_Work],
+        taken: Sequence[Extent],
+        target: ActiveTarget,
+        usable: Mapping[int, Geometry],
+        shunned: Sequence[tuple[int, int]],
+        faults: Mapping[int, OSError],
+    ) -> None:
+        try:
+            placed = pool.allocate([work.chunk for work in works], usable, taken, shunned)
+        except Refused as error:
+            for spare in target.spares:
+                if spare.index in faults:
+                    raise DmRemapError(
+                        f"cannot be written: {faults[spare.index]}",
+                        device=spare.candidate.info.path,
+                        remedy="nothing was changed; copy the data to another disk",
+                    ) from error
+            raise
+        for work, extent in zip(works, placed):
+            work.place = extent
+
+    def _write_chunk(
+        self, work: _Work, target: ActiveTarget, disks: Disks, geometry: Geometry
+    ) -> bool:
+        """Write what was read of a chunk; whether its lost blocks read as errors then."""
+        index, metadata = work.extent.spare, target.metadata
+        _write_readable(work, disks.spares[index], metadata)
+        if _lost_fail(work, disks.spares[index], metadata):
+            return True
+        self._poison(target.name, work, disks.members[index], geometry)
+        return _lost_fail(work, disks.spares[index], metadata)
 
     def _poison(self, name: str, work: _Work, member: OpenDevice, geometry: Geometry) -> None:
         """Make the chunk's lost blocks read as errors where the place has old data.
@@ -1046,7 +1192,7 @@ class Engine:
         if frozen and frozen.devno in self._mapper.dependencies(upper.name):
             self._freezer.fail(name)
 
-    def _backup(self, metadata: Metadata) -> None:
+    def backup(self, metadata: Metadata) -> None:
         """Keep the metadata on the host too; a backup that fails costs no remap."""
         folder = os.path.join(self._backup_dir, str(metadata.target_uuid))
         index = next(i for i, spare in enumerate(metadata.config["spares"]) if spare)
@@ -1122,7 +1268,7 @@ def _try_place(work: _Work, member: OpenDevice, geometry: Geometry) -> None:
         member.read(place + first * block, count * block)
 
 
-def _write_chunk(work: _Work, device: OpenDevice, metadata: Metadata) -> None:
+def _write_readable(work: _Work, device: OpenDevice, metadata: Metadata) -> None:
     """Write what was read of a chunk."""
     place, block = _spare_sector(work, metadata), work.salvage.block_sectors
     for first, count in work.salvage.readable:
@@ -1191,7 +1337,7 @@ def _outcome(works: Sequence[_Work]) -> tuple[list[Extent], list[tuple[int, int]
 
 def _report(work: _Work) -> RemappedChunk:
     return RemappedChunk(
-        chunk=work.extent.logical,
+        chunk=work.chunk,
         start=work.start,
         count=work.length,
         spare=work.extent.spare,

@@ -4,16 +4,14 @@
 """Freezing chunks: their I/O waits while they are moved, and that of the rest flows.
 
 The map sends frozen chunks to ``NAME-frozen``, which delays reads and writes but lets flushes pass.
-Below it ``NAME-place`` leads first to where the chunks were, then nowhere while the metadata
-changes, then to where they are. Nothing stays suspended: if all who
-could thaw are gone, the delay ends by itself, and what waited goes to the old place or fails.
+Below it ``NAME-place`` leads nowhere until the chunks' new places are in the metadata, so that no
+write can reach the old ones. Nothing stays suspended: if all who could thaw are gone, the delay
+ends by itself, and what waited fails.
 """
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, Protocol
 
 from . import extents, mapping, stack
@@ -22,10 +20,8 @@ from .errors import DmRemapError
 from .format import Metadata
 from .planner import ActiveTarget
 
-# The delay until which a freeze must be over, if nobody gives another one.
+# How long I/O to a frozen chunk waits at most before it fails, if nobody gives another time.
 FREEZE_SECONDS = 120.0
-# The part of the delay after which no commit is begun any more.
-_LATEST = 0.75
 
 
 class Tables(Protocol):
@@ -50,59 +46,34 @@ class Tables(Protocol):
         """Drop the inactive table."""
 
 
-@dataclass(frozen=True)
-class Freeze:
-    """Chunks that are frozen.
-
-    Args:
-        target: the target as it was observed before.
-        chunks: logical chunks, in the order of their positions on NAME-frozen.
-        ends: when the delay may end, in the seconds of the freezer's clock.
-        latest: until when a commit may begin.
-    """
-
-    target: ActiveTarget
-    chunks: tuple[int, ...]
-    ends: float
-    latest: float
-
-
 class Freezer:
     """Freezes and thaws chunks of targets.
 
     Args:
         mapper: device-mapper.
         step: called with a name after each step that a crash could follow.
-        clock: seconds that only rise.
     """
 
-    def __init__(
-        self,
-        mapper: Tables,
-        step: Callable[[str], None],
-        clock: Callable[[], float] = time.monotonic,
-    ) -> None:
+    def __init__(self, mapper: Tables, step: Callable[[str], None]) -> None:
         self._mapper = mapper
         self._step = step
-        self._clock = clock
 
     def freeze(
         self, target: ActiveTarget, chunks: Sequence[int], seconds: float, events: Any
-    ) -> Freeze:
+    ) -> None:
         """Let all I/O to ``chunks`` wait; returns when none that came before is in flight.
 
         Args:
             target: the target, none of whose chunks is frozen.
             chunks: logical chunks.
-            seconds: after which the delay ends by itself.
+            seconds: after which I/O that waits fails.
             events: what `DeviceMapper.events` gave.
         """
         frozen, place = stack.frozen_name(target.name), stack.place_name(target.name)
-        begun = self._clock()
-        places = self._places(target, target.metadata, chunks)
-        self._put(target, place, stack.place_table(places, target.carrier))
+        nowhere = [("", 0, length) for length in _lengths(target.metadata, chunks)]
+        self._put(target, place, stack.place_table(nowhere, target.carrier))
         self._step("place_set")
-        sectors = sum(length for _devno, _sector, length in places)
+        sectors = sum(length for _devno, _sector, length in nowhere)
         below = self._existing(place).devno
         self._put(target, frozen, stack.frozen_table(sectors, below, int(seconds * 1000)))
         self._step("delay_set")
@@ -110,27 +81,6 @@ class Freezer:
         devno = self._existing(frozen).devno
         self._swap_map(target, target.map_table(target.metadata, positions, devno), events)
         self._step("frozen")
-        return Freeze(target, tuple(chunks), begun + seconds, begun + _LATEST * seconds)
-
-    def close(self, freeze: Freeze) -> None:
-        """Let what leaves the delay fail, before the metadata changes.
-
-        Until then a write that the delay let go would have reached the old place.
-
-        Raises:
-            DmRemapError: the delay may have ended already.
-        """
-        target = freeze.target
-        lengths = self._places(target, target.metadata, freeze.chunks)
-        nowhere = [("", 0, length) for _devno, _sector, length in lengths]
-        self._put(target, stack.place_name(target.name), stack.place_table(nowhere, target.carrier))
-        if self._clock() > freeze.latest:
-            raise DmRemapError(
-                f"took longer than the {_LATEST:.0%} of the freeze after which no commit is safe",
-                device=target.name,
-                remedy="nothing was changed; allow less time for salvage, or remap fewer chunks",
-            )
-        self._step("closed")
 
     def thaw(
         self, target: ActiveTarget, metadata: Metadata, chunks: Sequence[int], events: Any
@@ -144,7 +94,10 @@ class Freezer:
             events: what `DeviceMapper.events` gave.
         """
         frozen, place = stack.frozen_name(target.name), stack.place_name(target.name)
-        places = self._places(target, metadata, chunks)
+        places = [
+            (*place_of(target, metadata, chunk), length)
+            for chunk, length in zip(chunks, _lengths(metadata, chunks))
+        ]
         self._put(target, place, stack.place_table(places, target.carrier))
         self._step("place_final")
         self._release(frozen, place)
@@ -153,7 +106,7 @@ class Freezer:
         self._step("swapped")
 
     def park(self, target: ActiveTarget) -> None:
-        """Leave no table unused, and let the freezing devices, which nothing uses, hold no spare."""
+        """Leave no table unused, and let the freezing devices hold no spare any more."""
         for device in _own_parts(self._mapper, target):
             if device and device.inactive_table:
                 self._mapper.clear(device.name)
@@ -170,9 +123,9 @@ class Freezer:
         The freezing devices stay in use, so the next plan tries again to end the freeze.
         """
         frozen, place = stack.frozen_name(name), stack.place_name(name)
-        held = self._mapper.table(place)
-        nowhere = [Segment(s.start, s.length, "error", "") for s in held[:-1]]
-        self._mapper.load(place, [*nowhere, held[-1]])
+        table = self._mapper.table(place)
+        nowhere = [Segment(s.start, s.length, "error", "") for s in table[:-1]]
+        self._mapper.load(place, [*nowhere, table[-1]])
         self._mapper.swap(place)
         self._release(frozen, place)
 
@@ -213,18 +166,6 @@ class Freezer:
             )
         return device
 
-    @staticmethod
-    def _places(
-        target: ActiveTarget, metadata: Metadata, chunks: Sequence[int]
-    ) -> list[tuple[str, int, int]]:
-        chunk_sectors = metadata.config["chunk_sectors"]
-        total = metadata.config["main"]["sectors"]
-        found = []
-        for chunk in chunks:
-            length = min(chunk_sectors, total - chunk * chunk_sectors)
-            found.append((*place_of(target, metadata, chunk), length))
-        return found
-
 
 def _own_parts(mapper: Tables, target: ActiveTarget) -> list[MappedDevice | None]:
     """The map and the freezing devices; None for one that does not exist or is somebody else's."""
@@ -255,6 +196,13 @@ def is_parked(mapper: Tables, target: ActiveTarget) -> bool:
         )
         and mapper.table(stack.frozen_name(target.name))[0].target == "linear"
     )
+
+
+def _lengths(metadata: Metadata, chunks: Sequence[int]) -> list[int]:
+    """Sectors of the chunks; the target's last one may be short."""
+    chunk_sectors = metadata.config["chunk_sectors"]
+    total = metadata.config["main"]["sectors"]
+    return [min(chunk_sectors, total - chunk * chunk_sectors) for chunk in chunks]
 
 
 def place_of(target: ActiveTarget, metadata: Metadata, chunk: int) -> tuple[str, int]:

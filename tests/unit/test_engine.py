@@ -505,7 +505,7 @@ def test_a_spare_that_cannot_be_flushed_never_leaves_writes_waiting(target: Scen
     """Neither mapping is safe then, so the chunk fails until its spare works again."""
 
     def step(name: str) -> None:
-        if name == "closed":
+        if name == "data_flushed":
             target.app.write(target.kernel, 40)
             target.spares[0].flush_fails = True
 
@@ -526,7 +526,7 @@ def test_a_spare_that_cannot_be_flushed_never_leaves_writes_waiting(target: Scen
 
 def test_a_whole_target_that_fails_can_be_thawed(target: Scene) -> None:
     def step(name: str) -> None:
-        if name == "closed":
+        if name == "data_flushed":
             target.spares[0].flush_fails = True
 
     with pytest.raises(DmRemapError, match="cannot be flushed"):
@@ -850,7 +850,7 @@ def test_an_interrupt_after_any_step_of_a_remap(tmp_path: Path) -> None:
         generations.append(scene.generation())
     assert generations == sorted(generations)
     assert generations[0] == 1
-    assert len(generations) > 20
+    assert len(generations) >= 20
 
 
 @pytest.mark.parametrize("spares", [1, 2])
@@ -912,7 +912,7 @@ def test_devices_of_others_are_left_alone(target: Scene, part: str, suspended: b
     assert target.kernel.mapped == {name: before}
 
 
-@pytest.mark.parametrize("where", ["place_set", "frozen", "closed", "thawed", "swapped"])
+@pytest.mark.parametrize("where", ["place_set", "frozen", "data_flushed", "thawed", "swapped"])
 def test_a_target_is_removed_in_the_middle_of_a_remap(target: Scene, where: str) -> None:
     kill_remap(target, where)
     target.remove()
