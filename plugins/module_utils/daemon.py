@@ -18,7 +18,6 @@ import json
 import logging
 import os
 import signal
-import socket
 import sqlite3
 import sys
 import time
@@ -32,11 +31,12 @@ from .events import Draft, Origin, counted, local_origin
 from .inventory import Guarded, backed_up_generation, guarded_targets
 from .journal import DamagedJournal, Journal, Observation, Page, failure, move_aside
 from .probing import DeviceState, Readable, device_state, kernel_name, physical_block
+from .service import notify
+from .stack import UUID_PREFIX
 from .threads import Worker
 from .tracing import READ, BlockError, TraceInstance, parse_lines
 from .watching import PROBE_ERRORS, Answer, Finding, Patience, Question, Watcher, ask, concerns
 
-TARGET_UUID_PREFIX = "DMREMAP-"
 BACKUP_FOLDER = "backup"
 
 _TICK_SECONDS = 1.0
@@ -70,7 +70,7 @@ class Host:
             self._tables = DeviceMapper()
         return guarded_targets(
             self._tables,
-            TARGET_UUID_PREFIX,
+            UUID_PREFIX,
             generation_of=lambda target: backed_up_generation(self._backups, target),
         )
 
@@ -608,17 +608,6 @@ def _forgotten(stale: Sequence[Observation]) -> list[Draft]:
         f" {', '.join(devices[:8])}{more} could be explained; errors may have gone unseen"
     )
     return [Draft(events.OVERRUN, message, requests=requests)]
-
-
-def notify(state: str) -> None:
-    """Tell systemd about the service's state (sd_notify(3)); does nothing without systemd."""
-    address = os.environ.get("NOTIFY_SOCKET", "")
-    if not address:
-        return
-    if address.startswith("@"):
-        address = "\0" + address[1:]
-    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as link:
-        link.sendto(state.encode("ascii"), address)
 
 
 async def serve(configuration: settings.Settings) -> None:

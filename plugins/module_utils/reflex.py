@@ -142,11 +142,14 @@ class Reports:
         self._kept.append(report)
         self.listener()
 
-    def take(self) -> list[dict[str, Any]]:
-        """Return what is there, and forget it."""
-        taken = list(self._kept)
-        self._kept.clear()
-        return taken
+    def first(self) -> dict[str, Any] | None:
+        """Return the oldest report, or None."""
+        return self._kept[0] if self._kept else None
+
+    def forget(self, report: dict[str, Any]) -> None:
+        """Drop a report that somebody has taken over, if it is still there."""
+        if self._kept and self._kept[0] is report:
+            self._kept.popleft()
 
 
 class Reflex:
