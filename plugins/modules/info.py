@@ -94,9 +94,20 @@ targets:
       returned: unless there is an RV(targets[].error)
       type: int
     on_error:
-      description: What happens to an I/O that meets a bad sector.
+      description: What happens to an I/O that meets a bad sector, V(hold) or V(fail).
       returned: unless there is an RV(targets[].error)
       type: str
+    shim:
+      description: The layer that turns every error of the main into one that can be held, or V(none).
+      returned: unless there is an RV(targets[].error)
+      type: str
+    holding:
+      description:
+        - Whether failed I/O waits now. With RV(targets[].on_error=hold) it does not after the
+          kernel's fail-safe has ended a wait, until the daemon or the module
+          M(dm_remap.storage.target) restores it.
+      returned: unless there is an RV(targets[].error)
+      type: bool
     main:
       description: The protected device.
       returned: unless there is an RV(targets[].error)

@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import pytest
@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from dm_remap.devmapper import Segment
 from dm_remap.extents import merge
 from dm_remap.format import Extent
-from dm_remap.mapping import build_table, describe_table, frozen_table, linear_target
+from dm_remap.mapping import build_table, describe_table, linear_target
 
 MAIN = "8:0"
 FROZEN = "253:9"
@@ -116,26 +116,12 @@ def test_a_table_without_remaps_is_one_segment(case: Case) -> None:
     ]
 
 
-@given(cases())
-def test_the_frozen_device_leads_back_to_the_same_sectors(case: Case) -> None:
-    """A chunk that is held reads through the frozen device what it read before."""
-    held: Sequence[int] = sorted(case.frozen, key=lambda chunk: case.frozen[chunk])
-    places = {chunk: (MAIN, chunk * case.chunk) for chunk in held}
-    below = expand(frozen_table(held, case.sectors, case.chunk, places))
-    through = []
-    for place in expand(case.table()):
-        through.append(below[place[1]] if place and place[0] == FROZEN else place)
-    thawed = Case(case.sectors, case.chunk, case.extents, case.available, {})
-    assert through == naive(thawed)
-
-
 def test_a_short_last_chunk_stays_short() -> None:
     table = build_table(20, 8, MAIN, [Extent(2, 1, 0, 5)], SPARES)
     assert table == [
         Segment(0, 16, "linear", "8:0 0"),
         Segment(16, 4, "linear", "253:0 40"),
     ]
-    assert frozen_table([2], 20, 8, {2: (MAIN, 16)}) == [Segment(0, 4, "linear", "8:0 16")]
 
 
 def test_chunks_of_a_missing_spare_fail_instead_of_showing_old_content() -> None:
@@ -145,7 +131,6 @@ def test_chunks_of_a_missing_spare_fail_instead_of_showing_old_content() -> None
         "8 16 error",
         "24 8 linear 8:0 24",
     ]
-    assert frozen_table([1], 32, 8, {1: ("", 0)}) == [Segment(0, 8, "error", "")]
 
 
 @given(cases())

@@ -33,13 +33,14 @@ from dm_remap.planner import (
     plan_remap,
     plan_upkeep,
 )
+from dm_remap.stack import PathState
 from tests.unit.fake_kernel import Kernel, Process
 
 NAME = "data"
 CHUNK = 128
 MAIN_SECTORS = 20 * CHUNK + 40
 SPARE_SECTORS = minimum_spare_sectors(CHUNK, 1) + 8192
-REQUEST = Request(NAME, "/dev/main", ("/dev/spare0", "/dev/spare1"))
+REQUEST = Request(NAME, "/dev/main", ("/dev/spare0", "/dev/spare1"), on_error="fail")
 
 
 def info(path: str, **changes: Any) -> DeviceInfo:
@@ -126,6 +127,7 @@ def active(metadata: Metadata | None = None, frozen: bool = False, opened: int =
     )
     return ActiveTarget(
         device=mapped(NAME, 2, opened),
+        map=mapped(NAME, 2, opened),
         table=(Segment(0, MAIN_SECTORS, "linear", "8:0 0"),),
         main=info("/dev/main", used_by=(Use("main", "held by", NAME),)),
         spares=spares,
@@ -267,12 +269,108 @@ def test_a_spare_on_the_disk_of_the_main_is_warned_of() -> None:
     assert "/dev/spare0 is on the same disk as the main" in warning
 
 
+# Held errors
+
+
+def held_target(path: PathState | None, standing: bool = False, **config: str) -> ActiveTarget:
+    """An active target whose metadata says one thing of errors, and the kernel perhaps another."""
+    metadata = created()
+    metadata = replace(metadata, config={**metadata.config, **config})
+    target = active(metadata)
+    return replace(target, path=path, shim=mapped(f"{NAME}-shim", 9) if standing else None)
+
+
+HELD = PathState(active=True, queueing=True, devno="253:7")
+
+
+@pytest.mark.parametrize(
+    ("wanted", "path", "recorded", "expected"),
+    [
+        (None, HELD, "hold", []),
+        (None, None, "fail", []),
+        ("hold", HELD, "hold", []),
+        ("fail", None, "fail", []),
+        ("hold", None, "fail", ["update_config", "hold_errors"]),
+        ("fail", HELD, "hold", ["update_config", "pass_errors"]),
+        # A switch that was interrupted.
+        (None, None, "hold", ["hold_errors"]),
+        (None, HELD, "fail", ["pass_errors"]),
+        ("fail", None, "hold", ["update_config"]),
+        ("hold", HELD, "fail", ["update_config"]),
+        # The kernel's fail-safe was at work.
+        (None, replace(HELD, active=False, queueing=False), "hold", ["restore_hold"]),
+        (None, replace(HELD, queueing=False), "hold", ["restore_hold"]),
+    ],
+)
+def test_holding_errors_is_switched_online(
+    wanted: str | None, path: PathState | None, recorded: str, expected: list[str]
+) -> None:
+    target = held_target(path, on_error=recorded)
+    plan = plan_present(replace(REQUEST, on_error=wanted), seen_active(target))
+    assert kinds(plan) == expected
+    changed = "update_config" in expected
+    assert plan.after["generation"] == target.metadata.generation + changed
+    assert plan.after["config"]["on_error"] == (wanted or recorded)
+
+
+@pytest.mark.parametrize(
+    ("wanted", "bus", "standing", "recorded", "expected"),
+    [
+        (None, "nvme", False, "none", []),
+        ("none", "nvme", False, "none", []),
+        ("auto", "virtio", False, "none", []),
+        ("auto", "ata", False, "none", []),
+        ("auto", "nvme", False, "none", ["update_config", "insert_shim"]),
+        ("auto", "scsi", False, "none", ["update_config", "insert_shim"]),
+        ("raid", "ata", False, "none", ["update_config", "insert_shim"]),
+        ("raid", "ata", True, "raid", []),
+        (None, "ata", True, "raid", []),
+        ("none", "nvme", True, "raid", ["update_config", "remove_shim"]),
+        (None, "nvme", True, "none", ["remove_shim"]),
+        (None, "nvme", False, "raid", ["insert_shim"]),
+    ],
+)
+def test_the_shim_is_switched_online(
+    wanted: str | None, bus: str, standing: bool, recorded: str, expected: list[str]
+) -> None:
+    target = held_target(HELD, standing, on_error="hold", shim=recorded)
+    seen = with_main(seen_active(target), bus=bus)
+    assert kinds(plan_present(replace(REQUEST, on_error=None, shim=wanted), seen)) == expected
+
+
+def test_errors_are_held_only_where_somebody_heals_them() -> None:
+    for wanted in (None, "hold"):
+        request = replace(REQUEST, on_error=wanted)
+        with pytest.raises(Refused, match="the daemon that heals it does not run"):
+            plan_present(request, replace(blank(), healer=False))
+        plan = plan_present(request, blank())
+        assert plan.metadata is not None
+        assert plan.metadata.config["on_error"] == "hold"
+    passed = seen_active(held_target(None, on_error="fail"))
+    with pytest.raises(Refused, match="the daemon that heals it does not run"):
+        plan_present(replace(REQUEST, on_error="hold"), replace(passed, healer=False))
+    # What is held already stays so, and what was held comes back before the daemon does.
+    standing = replace(seen_active(held_target(HELD, on_error="hold")), healer=False)
+    assert plan_present(replace(REQUEST, on_error="hold"), standing).actions == ()
+    metadata = replace(created(), config={**created().config, "on_error": "hold"})
+    activation = plan_present(
+        replace(REQUEST, on_error=None), replace(marked(metadata), healer=False)
+    )
+    assert kinds(activation)[-1] == "create_target"
+
+
+def test_what_an_interruption_left_in_the_kernel_is_tidied() -> None:
+    assert kinds(plan_upkeep(replace(active(), tidy=False))) == ["tidy"]
+    assert kinds(plan_upkeep(replace(active(frozen=True), tidy=False))) == ["thaw"]
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
         ({"name": "../x"}, "not a valid target name"),
         ({"name": ""}, "not a valid target name"),
-        ({"on_error": "hold"}, "on_error 'hold' is not known"),
+        ({"on_error": "ignore"}, "on_error 'ignore' is not known"),
+        ({"shim": "loop"}, "shim 'loop' is not known"),
         ({"spares": ()}, "has 0 spares"),
         ({"spares": ("/dev/spare0",) * 9}, "has 9 spares"),
         ({"chunk_bytes": 2048}, "chunk of 2048 bytes"),
