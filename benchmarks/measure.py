@@ -42,7 +42,7 @@ def main() -> None:
 
 def present(engine: Engine, main_path: str, spare: str, chunk_bytes: int) -> None:
     """Make the target."""
-    request = Request(NAME, main_path, (spare,), chunk_bytes)
+    request = Request(NAME, main_path, (spare,), chunk_bytes, on_error="fail")
     with engine.locked(NAME):
         engine.apply(plan_present(request, engine.see(NAME, main_path, [spare])))
 

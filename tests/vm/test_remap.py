@@ -203,7 +203,7 @@ def test_a_guard_ends_the_freeze_of_a_killed_remap(guest: Guest, last: str, rema
 def test_a_remap_that_is_killed_after_each_step(guest: Guest) -> None:
     prepare(guest, "main", "spare", "spare2", sectors=16384)
     steps = guest.call("steps", name=NAME, chunk=0)
-    assert {"salvaged", "frozen_suspended", "frozen", "committed", "thawed", "verified"} < {*steps}
+    assert {"salvaged", "delay_set", "frozen", "committed", "thawed", "parked"} < {*steps}
     chunks = [3 + 2 * number for number in range(len(steps))]
     guest.machine.disk("main").fail([(chunk * CHUNK_SECTORS + 40, 1) for chunk in chunks], "read")
     walked = guest.call(
@@ -230,11 +230,10 @@ def test_a_remap_that_is_killed_after_each_step(guest: Guest) -> None:
         assert result["lost"] == begun, step
         assert result["generations"] == int(begun), step
         assert result["chunk_in_the_end"], step
-        held = steps.index("frozen_created") <= position < steps.index("frozen_removed")
+        held = steps.index("frozen") <= position < steps.index("swapped")
         assert ("thaw" in result["actions"]) == held, step
-        assert (result["left"] != "none") == held, step
-        suspended = steps.index("frozen_suspended") <= position < steps.index("thawed")
-        assert (result["left"] == "suspended") == suspended, step
+        delayed = steps.index("delay_set") <= position < steps.index("thawed")
+        assert (result["left"] == "delay") == delayed, step
 
 
 @pytest.mark.core

@@ -97,9 +97,12 @@ def end_of(pid: int) -> str:
 
 
 def frozen(name: str) -> str:
-    """State of the device that holds frozen chunks."""
-    device = Engine()._mapper.info(f"{name}-frozen")
-    return "none" if device is None else "suspended" if device.suspended else "live"
+    """Whether the freezing device delays I/O, or what else it is."""
+    mapper = Engine()._mapper
+    device = mapper.info(f"{name}-frozen")
+    if device is None or not device.live_table:
+        return "none"
+    return mapper.table(device.name)[0].target
 
 
 def kill_after(given: dict[str, Any], steps: list[str], last: str, chunk: int) -> dict[str, Any]:

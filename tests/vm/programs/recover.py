@@ -74,7 +74,7 @@ def recover(given: dict[str, Any]) -> dict[str, Any]:
         "wrong": wrong,
         "changed": {str(sector): data.hex() for sector, data in changed.items()},
         "end": state(name),
-        "frozen": Engine()._mapper.info(f"{name}-frozen") is not None,
+        "frozen": Engine().require(name).frozen is not None,
     }
 
 

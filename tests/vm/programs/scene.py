@@ -117,7 +117,7 @@ def present(
     engine = Engine(step=step)
     engine.check_host()
     with engine.locked(name):
-        request = Request(name, main, tuple(spares), chunk_bytes)
+        request = Request(name, main, tuple(spares), chunk_bytes, on_error="fail")
         plan = plan_present(request, engine.see(name, main, request.spares))
         engine.apply(plan)
     return [action.kind for action in plan.actions]
@@ -172,7 +172,7 @@ def state(name: str) -> dict[str, Any]:
 # by its offset in sectors, and flushes. The first must be caught up with, the second goes to the
 # new place, the third heals the sector that is lost.
 LOST_OFFSET = 40
-WRITES_AFTER = {"data_flushed": 24, "thawed": 72, "swapped": LOST_OFFSET}
+WRITES_AFTER = {"delay_set": 24, "thawed": 72, "swapped": LOST_OFFSET}
 
 
 def new_content(sector: int, size: int) -> bytes:
