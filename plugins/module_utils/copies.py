@@ -45,6 +45,8 @@ from .format import (
 EVEN_COPIES = frozenset({0, 2, 4})
 # Two hosts' clocks may differ by this much before a timestamp counts as in the future.
 CLOCK_SLACK_NS = 300 * 10**9
+# What is read of a slot at once; larger bodies take another read.
+START_BYTES = 4 * HEADER_BYTES
 # Header and the first block of the body.
 WIPE_BYTES = 2 * HEADER_BYTES
 
@@ -582,8 +584,10 @@ class _Slots:
             NewerFormat: a slot holds a copy of a newer format.
         """
         for index, sector in enumerate(self.sectors):
+            raw = b""
             try:
-                header = unpack_header(_read(self.device, sector, HEADER_BYTES), sector)
+                raw = self._read_start(sector)
+                header = unpack_header(raw, sector)
             except Invalid as error:
                 if error.diagnosis is Diagnosis.NEWER:
                     raise NewerFormat(
@@ -593,11 +597,19 @@ class _Slots:
                     ) from error
                 continue
             try:
-                size = header.slot_bytes - HEADER_BYTES
-                body = _read(self.device, sector + HEADER_SECTORS, size)
+                rest = max(0, header.slot_bytes - len(raw))
+                more = _read(self.device, sector + len(raw) // SECTOR_BYTES, rest) if rest else b""
+                body = (raw + more)[HEADER_BYTES : header.slot_bytes]
             except Invalid:
                 body = b""
             yield index, header, body
+
+    def _read_start(self, sector: int) -> bytes:
+        """The header, and in the same read a body of the usual size, if both can be read."""
+        try:
+            return _read(self.device, sector, START_BYTES)
+        except Invalid:
+            return _read(self.device, sector, HEADER_BYTES)
 
     def holds(self, header: Header, body: bytes, metadata: Metadata | None) -> bool:
         """Whether a slot is exactly what would be written for `metadata`."""

@@ -28,7 +28,7 @@ from .format import Extent, Geometry, Metadata, geometry_of, pack_slot, spare_uu
 from .freezing import FREEZE_SECONDS, Freezer, held_chunks, is_parked
 from .planner import ActiveSpare, ActiveTarget, Candidate, Plan, Request, Seen
 from .probing import MEDIUM_ERRORS, answers
-from .salvage import Outcome, Patience, Salvage, salvage
+from .salvage import Outcome, Patience, Salvage, Unfinished, salvage
 
 LOCK_DIR = "/run/dm-remap"
 BACKUP_DIR = "/var/lib/dm-remap/backup"
@@ -647,7 +647,7 @@ class Engine:
             flushed = main.devno
         table = planner.map_table(metadata, upper_main, spares, flushed)
         if metadata.config["on_error"] == planner.HOLD:
-            table = self._create_hold(metadata, name, table)
+            table = self._create_hold(metadata, name, table, main.devno)
         self._mapper.create(name, _dm_uuid(metadata), table, private=False)
 
     def _create_part(
@@ -660,7 +660,7 @@ class Engine:
         return self._existing(part).devno
 
     def _create_hold(
-        self, metadata: Metadata, name: str, table: Sequence[Segment]
+        self, metadata: Metadata, name: str, table: Sequence[Segment], carrier: str
     ) -> list[Segment]:
         """Create the map, and above it what holds failed I/O; the table for the target."""
         self._mapper.arm_queue_timeout(HOLD_SECONDS)
@@ -669,6 +669,13 @@ class Engine:
         hold = self._create_part(
             metadata, name, stack.hold_name(name), stack.hold_table(sectors, upper)
         )
+        # Made now, because then udev knows that they are none of its business.
+        place, frozen = stack.place_name(name), stack.frozen_name(name)
+        if self._mapper.info(place) is None and self._mapper.info(frozen) is None:
+            table = stack.place_table([], carrier)
+            below = self._create_part(metadata, name, place, table)
+            table = stack.whole_table(stack.CARRIER_SECTORS, below)
+            self._create_part(metadata, name, frozen, table)
         return stack.whole_table(sectors, hold)
 
     def _do_remove_target(self, plan: Plan, action: planner.Action) -> None:
@@ -708,7 +715,7 @@ class Engine:
         target = self.require(plan.name)
         # What an interrupted switch left stands under nothing.
         self._remove_parts(target.device, stack.hold_name(plan.name), stack.map_name(plan.name))
-        table = self._create_hold(target.metadata, plan.name, target.table)
+        table = self._create_hold(target.metadata, plan.name, target.table, target.carrier)
         self._mapper.load(plan.name, table)
         with self._mapper.events() as events:
             self._mapper.swap(plan.name, events)
@@ -925,45 +932,86 @@ class Engine:
         Raises:
             DmRemapError: a step failed; the chunks are where the metadata says.
         """
-        name, metadata = target.name, target.metadata
         begun = time.monotonic()
         try:
             # A salvage may take its budget twice over before what waits fails.
             seconds = max(FREEZE_SECONDS, 2 * patience.budget)
             self._freezer.freeze(target, chunks, seconds, events)
             self.release(target)
-            works = []
-            for chunk in chunks:
-                works.append(self._salvage_chunk(metadata, name, chunk, disks.main, patience))
-                self._step("salvaged")
-            if target.main is None:
-                raise AssertionError("a target with chunks on main has a main")
-            _confirm_losses(disks.main, works, target.main)
-            works = [work for work in works if wanted(work.chunk, work.salvage)]
-            salvage_seconds = time.monotonic() - begun
-            if works:
-                self._write_chunks(works, target, disks)
-                self._step("data_flushed")
-                salvage_seconds = time.monotonic() - begun
-                new = self._next(metadata, works)
-                copies.commit(disks.members, metadata, new, self._step)
-                self._step("committed")
-            else:
-                new = metadata
+            new, works, salvage_seconds = self._carry(target, disks, chunks, patience, wanted)
             self._freezer.thaw(target, new, chunks, events)
         except BaseException:
             # Only the metadata on the spares can say now where the chunks are.
-            self._end_freeze(name)
+            self._end_freeze(target.name)
             raise
         pause_seconds = time.monotonic() - begun
         self._freezer.park(target)
-        return Moved(
-            metadata=new,
-            chunks=[_report(work) for work in works],
-            extents=[work.extent for work in works],
-            salvage_seconds=salvage_seconds,
-            pause_seconds=pause_seconds,
-        )
+        return _moved(new, works, salvage_seconds, pause_seconds)
+
+    def move_held(
+        self,
+        target: ActiveTarget,
+        disks: Disks,
+        chunks: Sequence[int],
+        patience: Patience,
+        wanted: Callable[[int, Salvage], bool] = lambda chunk, salvage: True,
+    ) -> Moved:
+        """Move chunks of a target whose path has failed, so that all of its I/O waits anyway.
+
+        Takes a single swap, but keeps everything waiting, so ``patience`` should be short. The
+        arguments and errors are those of `move`; the caller has made sure that the path is failed.
+        """
+        begun = time.monotonic()
+        try:
+            # Waits for what is in flight, and lets nothing through that was on its way.
+            self._mapper.suspend(target.map.name)
+            self._step("suspended")
+            new, works, salvage_seconds = self._carry(target, disks, chunks, patience, wanted)
+            if works:
+                self._mapper.load(target.map.name, target.map_table(new))
+            self._mapper.swap(target.map.name)
+            self._step("swapped")
+        except Unfinished:
+            # Nothing was changed yet, and it need not be found out anew.
+            self._mapper.swap(target.map.name)
+            raise
+        except BaseException:
+            self._end_freeze(target.name)
+            raise
+        self.release(target)
+        return _moved(new, works, salvage_seconds, time.monotonic() - begun)
+
+    def _carry(
+        self,
+        target: ActiveTarget,
+        disks: Disks,
+        chunks: Sequence[int],
+        patience: Patience,
+        wanted: Callable[[int, Salvage], bool],
+    ) -> tuple[Metadata, list[_Work], float]:
+        """Copy chunks that nobody can write to now, and commit where they are.
+
+        Returns the generation that counts then, what was moved, and the seconds until the commit.
+        """
+        if target.main is None:
+            raise AssertionError("a target with chunks on main has a main")
+        metadata = target.metadata
+        begun = time.monotonic()
+        works = []
+        for chunk in chunks:
+            works.append(self._salvage_chunk(metadata, target.name, chunk, disks.main, patience))
+            self._step("salvaged")
+        _confirm_losses(disks.main, works, target.main)
+        works = [work for work in works if wanted(work.chunk, work.salvage)]
+        if not works:
+            return metadata, works, time.monotonic() - begun
+        self._write_chunks(works, target, disks)
+        self._step("data_flushed")
+        salvage_seconds = time.monotonic() - begun
+        new = self._next(metadata, works)
+        copies.commit(disks.members, metadata, new, self._step)
+        self._step("committed")
+        return new, works, salvage_seconds
 
     def _check_freezing_names(self, target: ActiveTarget) -> None:
         for name in (stack.frozen_name(target.name), stack.place_name(target.name)):
@@ -1161,7 +1209,7 @@ class Engine:
         try:
             target = self.require(name)
             chunks = held_chunks(target)
-            if not chunks:
+            if not chunks and not target.map.suspended:
                 self._freezer.park(target)
                 return
             on_main = [c for c in chunks if extents.find(target.metadata.extents, c) is None]
@@ -1173,13 +1221,24 @@ class Engine:
                     device=name,
                     remedy="attach the spares again; until then these chunks fail",
                 )
+            if target.map.suspended and target.choice.missing:
+                raise DmRemapError(
+                    f"spares {list(target.choice.missing)} cannot be read, and may have a newer "
+                    "generation that says where a chunk is",
+                    device=name,
+                    remedy="attach the spares again; until then the target waits",
+                )
             # A generation that was begun must be on all copies before its mapping is used.
             upkeep = planner.plan_upkeep(target)
             for action in upkeep.actions:
                 if action.kind == "repair_metadata":
                     self._do_repair_metadata(upkeep, action)
             with self._mapper.events() as events:
-                self._freezer.thaw(target, target.metadata, chunks, events)
+                if chunks:
+                    self._freezer.thaw(target, target.metadata, chunks, events)
+                else:
+                    self._mapper.load(target.map.name, target.map_table(target.metadata))
+                    self._mapper.swap(target.map.name, events if target.path is None else None)
             self._freezer.park(target)
         except BaseException:
             self._fail_frozen(name)
@@ -1333,6 +1392,18 @@ def _check_alive(main: OpenDevice, works: Sequence[_Work], info: DeviceInfo) -> 
 def _outcome(works: Sequence[_Work]) -> tuple[list[Extent], list[tuple[int, int]]]:
     """The new extents, and the sectors that are lost."""
     return [work.extent for work in works], [item for w in works for item in w.salvage.lost]
+
+
+def _moved(
+    metadata: Metadata, works: Sequence[_Work], salvage_seconds: float, pause_seconds: float
+) -> Moved:
+    return Moved(
+        metadata=metadata,
+        chunks=[_report(work) for work in works],
+        extents=[work.extent for work in works],
+        salvage_seconds=salvage_seconds,
+        pause_seconds=pause_seconds,
+    )
 
 
 def _report(work: _Work) -> RemappedChunk:

@@ -731,7 +731,7 @@ def plan_upkeep(target: ActiveTarget) -> Plan:
     """Plan what an active target needs to be whole: end an interrupted remap, repair copies."""
     spares = {spare.index: spare.candidate.info for spare in target.spares}
     actions = _repairs(target.choice, spares)
-    if target.frozen:
+    if target.frozen or target.map.suspended:
         actions.append(Action("thaw", target.name))
     elif not target.tidy:
         actions.append(Action("tidy", target.name))

@@ -27,7 +27,7 @@ from .events import intersect_ranges
 from .planner import ActiveTarget, plan_upkeep
 from .probing import MEDIUM_ERRORS, DeviceState, device_state, whole_disk
 from .report import sector_ranges
-from .salvage import Outcome, Patience, Salvage
+from .salvage import Outcome, Patience, Salvage, Unfinished
 from .tracing import FLUSH, WRITE, BlockError, TraceInstance, parse_line
 
 INSTANCE = "dm_remap_reflex"
@@ -49,6 +49,8 @@ _SECTOR_ERRORS = MEDIUM_ERRORS | {errno.ETIMEDOUT}
 
 # Everything but the chunk goes on, and the drive itself has tried before: quick retries suffice.
 PATIENCE = Patience(retries=4, backoff=0.005, budget=60.0)
+# For the time in which everything waits.
+HASTE_SECONDS = 0.25
 
 log = logging.getLogger("dm-remap-reflex")
 
@@ -181,6 +183,7 @@ class Reflex:
         self._state_of = state_of
         self._disk_of = disk_of
         self._patience = patience
+        self._haste = replace(patience, budget=min(HASTE_SECONDS, patience.budget))
         self._clock = clock
         self._wards: dict[str, Ward] = {}
         self._unknown: list[BlockError] = []
@@ -362,12 +365,22 @@ class Reflex:
             ward.suspects[chunk] = now + _AGAIN_SECONDS
             return False
 
-        moved = self._engine.move(target, ward.disks, chunks, self._patience, None, wanted)
+        moved = self._move(ward, chunks, wanted)
         if moved.chunks:
             choice = replace(target.choice, metadata=moved.metadata)
             ward.target = replace(target, choice=choice, table=())
             self._engine.backup(moved.metadata)
         self._report(ward, "healed" if moved.chunks else "passed", errors, moved)
+
+    def _move(
+        self, ward: Ward, chunks: Sequence[int], wanted: Callable[[int, Salvage], bool]
+    ) -> Moved:
+        """Move chunks at once if that is quick, because all I/O waits; else let the rest go on."""
+        target, disks = ward.target, ward.disks
+        if not self._engine.path_of(target.name).active:
+            with contextlib.suppress(Unfinished):
+                return self._engine.move_held(target, disks, chunks, self._haste, wanted)
+        return self._engine.move(target, disks, chunks, self._patience, None, wanted)
 
     def _give_up(self, ward: Ward, errors: Sequence[BlockError], reason: str) -> None:
         with contextlib.suppress(DmRemapError):
