@@ -778,10 +778,23 @@ class Engine:
             return False
         return copies.carries(disks.members, target.metadata)
 
+    def drain(self, target: ActiveTarget) -> None:
+        """Wait until nothing is in flight below the map, none of whose chunks is frozen."""
+        # A swap waits for that, even if the new table is the old one.
+        self._mapper.load(target.map.name, self._mapper.table(target.map.name))
+        self._mapper.swap(target.map.name)
+
     def fail_held(self, target: ActiveTarget) -> None:
-        """Let all I/O that waits fail, and hold what fails from now on."""
-        self._mapper.message(stack.hold_name(target.name), "fail_if_no_path")
-        self.release(target)
+        """Let all I/O that waits fail, and hold what fails from now on.
+
+        What fails in between fails for good: if it were held, it would be tried again.
+        """
+        if target.path is None:
+            return
+        hold = stack.hold_name(target.name)
+        self._mapper.message(hold, "fail_if_no_path")
+        self._mapper.message(hold, f"reinstate_path {target.path.devno}")
+        self._mapper.message(hold, "queue_if_no_path")
 
     def release(self, target: ActiveTarget) -> None:
         """Let held I/O go on, and hold what fails from now on."""
@@ -852,7 +865,8 @@ class Engine:
         known = [item for piece in asked for item in intersect_ranges(lost, piece)]
         if not known:
             return []
-        with self._blocks.BlockDevice(target.device.node) as device:
+        # Reads of the target may be held until somebody heals it, who waits for the lock.
+        with self._blocks.BlockDevice(target.map.node) as device:
             return [
                 (sector, block)
                 for start, count in known
@@ -909,6 +923,7 @@ class Engine:
         patience: Patience,
         events: Any = None,
         wanted: Callable[[int, Salvage], bool] = lambda chunk, salvage: True,
+        release: Callable[[], None] | None = None,
     ) -> Moved:
         """Move chunks from main to spares; the caller holds the lock.
 
@@ -921,6 +936,7 @@ class Engine:
             patience: how hard to try to read failing blocks.
             events: what `DeviceMapper.events` gave, for a target that udev must be told about.
             wanted: says of a chunk that was read whether it is to be moved after all.
+            release: lets held I/O go on, in place of the method of that name.
 
         Raises:
             DmRemapError: a step failed; the chunks are where the metadata says.
@@ -931,7 +947,10 @@ class Engine:
             # A salvage may take its budget twice over before what waits fails.
             seconds = max(FREEZE_SECONDS, 2 * patience.budget)
             self._freezer.freeze(target, chunks, seconds, events)
-            self.release(target)
+            if release:
+                release()
+            else:
+                self.release(target)
             works = []
             for chunk in chunks:
                 works.append(self._salvage_chunk(metadata, name, chunk, disks.main, patience))
