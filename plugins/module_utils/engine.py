@@ -785,10 +785,23 @@ class Engine:
             return False
         return copies.carries(disks.members, target.metadata)
 
+    def drain(self, target: ActiveTarget) -> None:
+        """Wait until nothing is in flight below the map, none of whose chunks is frozen."""
+        # A swap waits for that, even if the new table is the old one.
+        self._mapper.load(target.map.name, self._mapper.table(target.map.name))
+        self._mapper.swap(target.map.name)
+
     def fail_held(self, target: ActiveTarget) -> None:
-        """Let all I/O that waits fail, and hold what fails from now on."""
-        self._mapper.message(stack.hold_name(target.name), "fail_if_no_path")
-        self.release(target)
+        """Let all I/O that waits fail, and hold what fails from now on.
+
+        What fails in between fails for good: if it were held, it would be tried again.
+        """
+        if target.path is None:
+            return
+        hold = stack.hold_name(target.name)
+        self._mapper.message(hold, "fail_if_no_path")
+        self._mapper.message(hold, f"reinstate_path {target.path.devno}")
+        self._mapper.message(hold, "queue_if_no_path")
 
     def release(self, target: ActiveTarget) -> None:
         """Let held I/O go on, and hold what fails from now on."""
@@ -859,7 +872,8 @@ class Engine:
         known = [item for piece in asked for item in intersect_ranges(lost, piece)]
         if not known:
             return []
-        with self._blocks.BlockDevice(target.device.node) as device:
+        # Reads of the target may be held until somebody heals it, who waits for the lock.
+        with self._blocks.BlockDevice(target.map.node) as device:
             return [
                 (sector, block)
                 for start, count in known
@@ -916,6 +930,7 @@ class Engine:
         patience: Patience,
         events: Any = None,
         wanted: Callable[[int, Salvage], bool] = lambda chunk, salvage: True,
+        release: Callable[[], None] | None = None,
     ) -> Moved:
         """Move chunks from main to spares; the caller holds the lock.
 
@@ -928,6 +943,7 @@ class Engine:
             patience: how hard to try to read failing blocks.
             events: what `DeviceMapper.events` gave, for a target that udev must be told about.
             wanted: says of a chunk that was read whether it is to be moved after all.
+            release: lets held I/O go on, in place of the method of that name.
 
         Raises:
             DmRemapError: a step failed; the chunks are where the metadata says.
@@ -937,7 +953,10 @@ class Engine:
             # A salvage may take its budget twice over before what waits fails.
             seconds = max(FREEZE_SECONDS, 2 * patience.budget)
             self._freezer.freeze(target, chunks, seconds, events)
-            self.release(target)
+            if release:
+                release()
+            else:
+                self.release(target)
             new, works, salvage_seconds = self._carry(target, disks, chunks, patience, wanted)
             self._freezer.thaw(target, new, chunks, events)
         except BaseException:
@@ -955,6 +974,7 @@ class Engine:
         chunks: Sequence[int],
         patience: Patience,
         wanted: Callable[[int, Salvage], bool] = lambda chunk, salvage: True,
+        release: Callable[[], None] | None = None,
     ) -> Moved:
         """Move chunks of a target whose path has failed, so that all of its I/O waits anyway.
 
@@ -978,7 +998,10 @@ class Engine:
         except BaseException:
             self._end_freeze(target.name)
             raise
-        self.release(target)
+        if release:
+            release()
+        else:
+            self.release(target)
         return _moved(new, works, salvage_seconds, time.monotonic() - begun)
 
     def _carry(

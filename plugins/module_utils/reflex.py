@@ -13,6 +13,7 @@ import collections
 import contextlib
 import errno
 import logging
+import math
 import os
 import select
 import time
@@ -25,10 +26,10 @@ from .engine import Disks, Engine, Moved
 from .errors import DmRemapError
 from .events import intersect_ranges
 from .planner import ActiveTarget, plan_upkeep
-from .probing import MEDIUM_ERRORS, DeviceState, device_state, whole_disk
+from .probing import MEDIUM_ERRORS, DeviceState, device_state, serves_requests, whole_disk
 from .report import sector_ranges
-from .salvage import Outcome, Patience, Salvage, Unfinished
-from .tracing import FLUSH, WRITE, BlockError, TraceInstance, parse_line
+from .salvage import Patience, Salvage, Unfinished
+from .tracing import FLUSH, WRITE, BlockError, Lost, TraceInstance, parse_line
 
 INSTANCE = "dm_remap_reflex"
 
@@ -38,11 +39,15 @@ _TICK_SECONDS = 1.0
 _REFRESH_SECONDS = 10.0
 # For so long a target is looked at often after something failed on it.
 _ALERT_SECONDS = 2.0
-# So often in a row a path may fail without an error that explains it before its I/O fails.
+# So often a path may fail without an error that a remap cures before its I/O fails, and after so
+# many seconds without it is forgotten.
 _STRIKES = 50
+_CALM_SECONDS = 60.0
 # A chunk that could be read after it failed is moved if it fails again within this time.
 _AGAIN_SECONDS = 300.0
 _REPORTS_KEPT = 10_000
+# Errors of disks without a known target, until it is sure that none is new.
+_UNKNOWN_KEPT = 1000
 
 # What an error that may be a bad sector becomes; a read that timed out may have hit one too.
 _SECTOR_ERRORS = MEDIUM_ERRORS | {errno.ETIMEDOUT}
@@ -67,8 +72,12 @@ class Ward:
         start: main's first sector there.
         errors: failed requests that were not dealt with.
         alert_until: until when it is looked at often.
-        strikes: how often in a row its path failed without an error that explains it.
+        strikes: how often its path failed without an error that a remap cures.
+        struck: when it did for the last time.
         suspects: chunks that failed and could be read, with the time until which that counts.
+        requests: whether the disk's errors come as requests, else they come as bios.
+        lost: its main did not answer when last asked.
+        missed: the kernel dropped errors, and one may have been of this target.
     """
 
     target: ActiveTarget
@@ -79,7 +88,11 @@ class Ward:
     errors: list[BlockError] = field(default_factory=list)
     alert_until: float = 0.0
     strikes: int = 0
+    struck: float = -math.inf
     suspects: dict[int, float] = field(default_factory=dict)
+    requests: bool = True
+    lost: bool = False
+    missed: bool = False
 
 
 @dataclass(frozen=True)
@@ -89,13 +102,11 @@ class Injury:
     Args:
         reads: chunks on main, a read of which failed.
         writes: chunks on main, a write to which failed.
-        flushes: whether a flush of main failed.
         others: error numbers that tell of no sector.
     """
 
     reads: frozenset[int]
     writes: frozenset[int]
-    flushes: bool
     others: frozenset[int]
 
 
@@ -105,17 +116,14 @@ def injury_of(target: ActiveTarget, start: int, errors: Iterable[BlockError]) ->
     Args:
         target: the target.
         start: first sector of its main on the disk.
-        errors: the requests.
+        errors: the requests, reads and writes.
     """
     metadata = target.metadata
     chunk_sectors, total = metadata.config["chunk_sectors"], metadata.config["main"]["sectors"]
     hit: dict[bool, set[int]] = {True: set(), False: set()}
     others = set()
-    flushes = False
     for error in errors:
-        if error.operation == FLUSH:
-            flushes = True
-        elif error.errno not in _SECTOR_ERRORS:
+        if error.errno not in _SECTOR_ERRORS:
             others.add(error.errno)
         else:
             for first, count in intersect_ranges([(error.sector - start, error.count)], (0, total)):
@@ -125,7 +133,7 @@ def injury_of(target: ActiveTarget, start: int, errors: Iterable[BlockError]) ->
         write: frozenset(c for c in chunks if extents.find(metadata.extents, c) is None)
         for write, chunks in hit.items()
     }
-    return Injury(on_main[False], on_main[True], flushes, frozenset(others))
+    return Injury(on_main[False], on_main[True], frozenset(others))
 
 
 class Reports:
@@ -163,6 +171,7 @@ class Reflex:
         tell: gets a report of what was done, plain data.
         state_of: whether a device can be asked.
         disk_of: the disk of a device, and its first sector there.
+        requests: whether a device has request queues.
         patience: how hard to try to read failing blocks.
         clock: seconds that only rise.
     """
@@ -174,6 +183,7 @@ class Reflex:
         tell: Callable[[dict[str, Any]], None],
         state_of: Callable[[str], DeviceState] = device_state,
         disk_of: Callable[[str], tuple[str, int]] = whole_disk,
+        requests: Callable[[str], bool] = serves_requests,
         patience: Patience = PATIENCE,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -182,11 +192,13 @@ class Reflex:
         self._tell = tell
         self._state_of = state_of
         self._disk_of = disk_of
+        self._requests = requests
         self._patience = patience
         self._haste = replace(patience, budget=min(HASTE_SECONDS, patience.budget))
         self._clock = clock
         self._wards: dict[str, Ward] = {}
-        self._unknown: list[BlockError] = []
+        self._unknown: collections.deque[BlockError] = collections.deque(maxlen=_UNKNOWN_KEPT)
+        self._refreshed_at = 0.0
         self._refresh_at = 0.0
         self._tick_at = 0.0
 
@@ -240,19 +252,30 @@ class Reflex:
             lines = self._trace.read()
             if not lines:
                 return found
-            # A readahead that fails is held like any read.
-            found += [e for e in map(parse_line, lines) if isinstance(e, BlockError)]
+            for item in map(parse_line, lines):
+                # A readahead that fails is held like any read.
+                if isinstance(item, BlockError):
+                    found.append(item)
+                elif isinstance(item, Lost):
+                    for ward in self._wards.values():
+                        ward.missed = True
 
     def take(self, errors: Sequence[BlockError]) -> None:
         """Note failed requests with the targets that they concern."""
-        errors = [*self._unknown, *errors]
-        self._unknown = []
-        if errors and not all(self._assign(error) for error in errors):
+        self._note(errors)
+        if self._unknown and self._clock() >= self._refreshed_at + _TICK_SECONDS:
             # A target may be newer than the last look.
-            if self._clock() >= self._refresh_at - _REFRESH_SECONDS + _TICK_SECONDS:
-                self.refresh()
-            for error in errors:
-                self._assign(error)
+            complete = self.refresh()
+            unknown = list(self._unknown)
+            self._unknown.clear()
+            self._note(unknown)
+            if complete:
+                self._unknown.clear()
+
+    def _note(self, errors: Iterable[BlockError]) -> None:
+        for error in errors:
+            if not self._assign(error) and error not in self._unknown:
+                self._unknown.append(error)
 
     def _assign(self, error: BlockError) -> bool:
         known = False
@@ -260,16 +283,22 @@ class Reflex:
             if error.devno != ward.disk:
                 continue
             known = True
-            if error not in ward.errors:
+            # Of a disk with requests each error comes a second time, as its bio's.
+            if error.request == ward.requests and error not in ward.errors:
                 ward.errors.append(error)
                 ward.alert_until = self._clock() + _ALERT_SECONDS
         return known
 
     # Targets
 
-    def refresh(self) -> None:
-        """Look which targets hold their errors, and end what an interruption left there."""
-        self._refresh_at = self._clock() + _REFRESH_SECONDS
+    def refresh(self) -> bool:
+        """Look which targets hold their errors, and end what an interruption left there.
+
+        Returns:
+            Whether every target could be looked at.
+        """
+        now = self._refreshed_at = self._clock()
+        complete = True
         names = self._engine.target_names()
         for name in [name for name in self._wards if name not in names]:
             self._dismiss(name)
@@ -278,6 +307,9 @@ class Reflex:
                 with self._engine.try_locked(name) as locked:
                     if locked:
                         self._admit(name)
+                    complete = complete and locked
+        self._refresh_at = now + (_REFRESH_SECONDS if complete else _TICK_SECONDS)
+        return complete
 
     def _admit(self, name: str) -> Ward | None:
         """Observe a target anew and open its devices, if its errors are held."""
@@ -294,16 +326,20 @@ class Reflex:
                 target = self._engine.require(name)
             closing = contextlib.ExitStack()
             disks = closing.enter_context(self._engine.opened(target))
-        except (DmRemapError, OSError) as error:
+        except (DmRemapError, OSError, ValueError) as error:
             log.error("%s", error)
+            self._refresh_at = min(self._refresh_at, self._clock() + _TICK_SECONDS)
             return None
         if target.path is None or target.main is None:
+            closing.close()
             return None
         disk, start = self._disk_of(target.main.devno)
         ward = Ward(target, disks, closing, disk, start, errors, suspects=suspects)
-        self._wards[name] = ward
+        ward.requests = self._requests(disk)
         if not (target.path.active and target.path.queueing):
-            self._engine.release(target)
+            # What the trace says of it comes first.
+            ward.alert_until = self._clock() + _ALERT_SECONDS
+        self._wards[name] = ward
         return ward
 
     def _dismiss(self, name: str) -> None:
@@ -315,6 +351,11 @@ class Reflex:
 
     def _attend(self, name: str) -> None:
         """Heal a target, unless somebody else works on it: then the next turn does."""
+        # Not even somebody else may try a flush again that failed.
+        with contextlib.suppress(DmRemapError):
+            self._fail_flushes(self._wards[name])
+        if not self._wards[name].errors:
+            return
         with self._engine.try_locked(name) as locked:
             if not locked:
                 return
@@ -341,16 +382,12 @@ class Reflex:
             raise AssertionError("a target that is looked after has a main")
         injury = injury_of(target, ward.start, errors)
         chunks = sorted(injury.reads | injury.writes)
-        if injury.flushes:
-            # The disk may have dropped what it had acknowledged, and a second flush would not tell.
-            self._engine.fail_held(target)
-            self._report(ward, "flush_failed", errors)
-        if self._state_of(target.main.devno) is not DeviceState.LIVE:
-            # It may come back, and else the kernel's fail-safe ends the wait.
-            self._report(ward, "device_lost", errors)
+        if not self._answers(ward, errors):
             return
         if not chunks:
-            self._engine.release(target)
+            # The path's own errors may come again at once: see `look_after`.
+            if not injury.others:
+                self._release(ward)
             return
         self._tell({"type": "healing", "target": target.name})
         now = self._clock()
@@ -359,13 +396,15 @@ class Reflex:
         def wanted(chunk: int, found: Salvage) -> bool:
             if chunk in injury.writes or chunk in ward.suspects:
                 return True
-            if any(outcome is not Outcome.FIRST_READ for outcome in found.outcomes):
+            # A chunk without a failing read costs one.
+            if found.reads > 1:
                 return True
             # Other chunks of the request may have been innocent, and this one too.
             ward.suspects[chunk] = now + _AGAIN_SECONDS
             return False
 
         moved = self._move(ward, chunks, wanted)
+        ward.strikes = 0
         if moved.chunks:
             choice = replace(target.choice, metadata=moved.metadata)
             ward.target = replace(target, choice=choice, table=())
@@ -377,15 +416,73 @@ class Reflex:
     ) -> Moved:
         """Move chunks at once if that is quick, because all I/O waits; else let the rest go on."""
         target, disks = ward.target, ward.disks
-        if not self._engine.path_of(target.name).active:
+        # The freeze waits for what is in flight, but not for what is sent meanwhile.
+        waits = not self._engine.path_of(target.name).active
+
+        def release() -> None:
+            if waits:
+                self._release(ward, drained=True)
+
+        if waits:
             with contextlib.suppress(Unfinished):
-                return self._engine.move_held(target, disks, chunks, self._haste, wanted)
-        return self._engine.move(target, disks, chunks, self._patience, None, wanted)
+                return self._engine.move_held(target, disks, chunks, self._haste, wanted, release)
+        return self._engine.move(target, disks, chunks, self._patience, None, wanted, release)
+
+    def _answers(self, ward: Ward, errors: Sequence[BlockError]) -> bool:
+        """Whether main can be asked; else its I/O stays held until it can.
+
+        If it does not come back, the kernel's fail-safe ends the wait.
+        """
+        if ward.target.main is None:
+            raise AssertionError("a target that is looked after has a main")
+        gone = self._state_of(ward.target.main.devno) is not DeviceState.LIVE
+        if gone and not ward.lost:
+            self._report(ward, "device_lost", errors)
+        ward.lost = gone
+        return not gone
+
+    def _release(self, ward: Ward, drained: bool = False) -> None:
+        """Let held I/O go on, but let it fail if a flush is among it.
+
+        Args:
+            ward: the target; without ``drained`` none of its chunks is frozen.
+            drained: nothing that was sent before the path failed is in flight any more.
+        """
+        name = ward.target.name
+        path = self._engine.path_of(name)
+        if path.active and path.queueing:
+            return
+        if not drained:
+            self._engine.drain(ward.target)
+        # An error is in the trace before its path fails, so all that waits is known now.
+        self._note(self._seen())
+        if not self._fail_flushes(ward):
+            if ward.missed and not path.active:
+                reason = "the kernel dropped errors, and one may have been of a flush"
+                self._give_up(ward, [], reason)
+            else:
+                self._engine.release(ward.target)
+        ward.missed = False
+
+    def _fail_flushes(self, ward: Ward) -> bool:
+        """Let held I/O fail if a flush did; whether one did.
+
+        The disk may have dropped what it had acknowledged, and a second flush would not tell.
+        """
+        flushes = [error for error in ward.errors if error.operation == FLUSH]
+        if flushes:
+            ward.errors = [error for error in ward.errors if error.operation != FLUSH]
+            self._engine.fail_held(ward.target)
+            self._report(ward, "flush_failed", flushes)
+        return bool(flushes)
 
     def _give_up(self, ward: Ward, errors: Sequence[BlockError], reason: str) -> None:
         with contextlib.suppress(DmRemapError):
             self._engine.fail_held(ward.target)
         self._report(ward, "failed", errors, reason=reason)
+        # The salvage's own reads failed too, and would lead to the next one.
+        self._note(self._seen())
+        ward.errors = [error for error in ward.errors if error.operation == FLUSH]
 
     def _report(
         self,
@@ -443,17 +540,25 @@ class Reflex:
                 self._refresh_at = min(self._refresh_at, now + _TICK_SECONDS)
 
     def _look_at_path(self, name: str, ward: Ward) -> None:
+        now = self._clock()
         path = self._engine.path_of(name)
         if path.active and path.queueing:
-            ward.strikes = 0
+            if now >= ward.struck + _CALM_SECONDS:
+                ward.strikes = 0
             return
-        ward.alert_until = self._clock() + _ALERT_SECONDS
+        ward.alert_until = now + _ALERT_SECONDS
+        # What fails again at once must not keep this process busy.
+        if now < ward.struck + _RESTLESS_SECONDS or not self._answers(ward, []):
+            return
+        self._note(self._seen())
+        if ward.errors:
+            return
         with self._engine.try_locked(name) as locked:
             if not locked:
                 return
-            ward.strikes += 1
+            ward.strikes, ward.struck = ward.strikes + 1, now
             if ward.strikes < _STRIKES:
-                self._engine.release(ward.target)
+                self._release(ward)
                 return
             # It is no bad sector of main, or the trace would have told.
             ward.strikes = 0

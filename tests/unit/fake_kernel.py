@@ -24,6 +24,7 @@ What is modelled:
   do not wait unless they have a delay of their own. A suspend further up waits for the delay.
 - Suspend: an application's I/O waits until resume. A swap or suspend that would wait for such
   I/O for ever raises Deadlock. What the engine itself reads or writes there raises Blocked.
+- The tracepoint block_rq_error of disks: one line for each read, write or flush that fails.
 - Statistics (@stats_create, _print, _list, _delete) that count completed writes.
 - Processes: a killed one can do nothing more, and what it made in the kernel stays.
 """
@@ -361,6 +362,8 @@ class Kernel:
         self.failed: set[int] = set()
         self.answers: dict[int, bytes] = {}
         self.errors: dict[int, int] = {}
+        # What the tracepoints printed that nobody has read yet.
+        self.trace: list[str] = []
         # The devices for whose delay a suspend had to wait.
         self.waited_for: list[str] = []
         self._minors = 0
@@ -375,7 +378,7 @@ class Kernel:
             twin = copy.deepcopy(device)
             twin.handles = 0
             other.mapped[name] = twin
-        for name in ("completed", "failed", "answers", "errors", "waited_for"):
+        for name in ("completed", "failed", "answers", "errors", "trace", "waited_for"):
             setattr(other, name, copy.copy(getattr(self, name)))
         return other
 
@@ -462,6 +465,15 @@ class Kernel:
         return answer
 
     def _perform_on_disk(self, disk: Disk, io: Io) -> bytes:
+        try:
+            return self._try_on_disk(disk, io)
+        except OSError as error:
+            kind = {"read": "R", "write": "W", "flush": "FF"}[io.verb]
+            where = f"{disk.devno.replace(':', ',')} {kind} () {io.sector} + {io.count}"
+            self.trace.append(f" app-1 [0] .. 1.0: block_rq_error: {where} [-{error.errno}]")
+            raise
+
+    def _try_on_disk(self, disk: Disk, io: Io) -> bytes:
         if io.verb == "read":
             return disk.read(io.sector, io.count)
         if io.verb == "write":

@@ -1,0 +1,797 @@
+# Copyright: dm_remap.storage contributors
+# GNU General Public License v3.0+ (see LICENSES/GPL-3.0-or-later.txt or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""The reflex on a kernel in memory: what waits goes on, with the right data, whatever happens."""
+
+from __future__ import annotations
+
+import errno
+import os
+import tempfile
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dm_remap import engine as engine_module
+from dm_remap import reflex as reflex_module
+from dm_remap.engine import Engine
+from dm_remap.errors import DmRemapError
+from dm_remap.format import geometry_of
+from dm_remap.probing import DeviceState
+from dm_remap.reflex import Reflex, Reports, injury_of, wake_up
+from dm_remap.tracing import BlockError
+from tests.unit.fake_kernel import SECTOR, Io, Kernel, Process, Request
+from tests.unit.test_engine import (
+    CHUNK,
+    NAME,
+    QUICK,
+    SECTORS,
+    Scene,
+    content,
+    create_held,
+    make_scene,
+    record,
+)
+
+HOLD = f"{NAME}-hold"
+
+
+@pytest.fixture(autouse=True)
+def memory_stays_unlocked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Do not lock the memory of the process that runs the tests."""
+    monkeypatch.setattr(engine_module, "_lock_memory", lambda: None)
+
+
+class Trace:
+    """A tracefs instance that shows what the kernel in memory printed."""
+
+    def __init__(self, kernel: Kernel) -> None:
+        self.kernel = kernel
+        self.pipe = -1
+
+    def open(self) -> int:
+        self.pipe = os.open(os.devnull, os.O_RDONLY)
+        return self.pipe
+
+    def read(self) -> list[str]:
+        lines, self.kernel.trace[:] = list(self.kernel.trace), []
+        return lines
+
+    def close(self) -> None:
+        os.close(self.pipe)
+
+
+@dataclass
+class Healer:
+    """A reflex on the host of a scene, with a clock that goes on with each turn."""
+
+    scene: Scene
+    engine: Engine | None = None
+    now: float = 1000.0
+    reports: list[dict[str, Any]] = field(default_factory=list)
+    state: DeviceState = DeviceState.LIVE
+    turns: int = 0
+
+    def __post_init__(self) -> None:
+        self.reflex = Reflex(
+            self.engine or self.scene.engine(),
+            Trace(self.scene.kernel),
+            self.reports.append,
+            state_of=lambda devno: self.state,
+            disk_of=lambda devno: (devno, 0),
+            requests=lambda devno: True,
+            patience=QUICK,
+            clock=lambda: self.now,
+        )
+        self.reflex.refresh()
+
+    def turn(self, times: int = 1, seconds: float = 0.02) -> None:
+        for _turn in range(times):
+            self.now += seconds
+            self.turns += 1
+            self.reflex.turn()
+
+    def settle(self, most: int = 100) -> None:
+        """Turn until no I/O waits and nothing is left to be seen."""
+        for _turn in range(most):
+            self.turn()
+            if not self.scene.kernel.waiting() and not self.scene.kernel.trace:
+                return
+        raise AssertionError(f"{self.scene.kernel.waiting()} waits for ever")
+
+    def kinds(self) -> list[str]:
+        return [report["type"] for report in self.reports]
+
+
+def held_scene(folder: Path, **options: Any) -> Scene:
+    scene = make_scene(folder, on_error="hold", **options)
+    create_held(scene)
+    return scene
+
+
+@pytest.fixture
+def target(tmp_path: Path) -> Scene:
+    return held_scene(tmp_path)
+
+
+@pytest.fixture
+def healer(target: Scene) -> Healer:
+    return Healer(target)
+
+
+def data_of(sector: int, count: int) -> bytes:
+    return b"".join(content(sector + i) for i in range(count))
+
+
+# Healing
+
+
+@pytest.mark.parametrize("block", [1, 8])
+@pytest.mark.parametrize("code", [errno.EIO, errno.ETIMEDOUT])
+def test_a_read_of_a_weak_sector_gets_its_data(tmp_path: Path, block: int, code: int) -> None:
+    target = held_scene(tmp_path, block=block)
+    healer = Healer(target)
+    target.spoil(41 // block * block, failures=3)
+    target.main.code = code if code != errno.ETIMEDOUT else errno.EIO
+    number = target.kernel.submit_read(NAME, 40, 8)
+    if code == errno.ETIMEDOUT:
+        target.kernel.trace[:] = [line.replace("[-5]", "[-110]") for line in target.kernel.trace]
+    assert target.kernel.waiting()[0][0] == HOLD, "the error is held"
+    healer.settle()
+    assert target.kernel.answers[number] == data_of(40, 8)
+    assert healer.kinds() == ["healing", "healed"]
+    report = healer.reports[1]
+    assert (report["moved"], report["lost"]) == ([{"start": 40, "count": 8}], [])
+    assert report["hit"] == [{"start": 40, "count": 8}]
+    assert (report["operation"], report["target"], report["generation"]) == ("read", NAME, 2)
+    target.check()
+
+
+@pytest.mark.parametrize("block", [1, 8])
+def test_a_read_of_a_lost_sector_fails_as_such_and_its_neighbours_do_not(
+    tmp_path: Path, block: int
+) -> None:
+    target = held_scene(tmp_path, block=block)
+    healer = Healer(target)
+    target.spoil(40)
+    number = target.kernel.submit_read(NAME, 40, block)
+    innocent = target.kernel.submit_read(NAME, 48, block)
+    healer.settle()
+    assert target.kernel.errors[number] == errno.EILSEQ
+    assert target.kernel.answers[innocent] == data_of(48, block)
+    assert healer.reports[-1]["lost"] == [{"start": 40, "count": block}]
+    target.check()
+
+
+@pytest.mark.parametrize("block", [1, 8])
+def test_a_write_that_fails_is_done_on_the_spare(tmp_path: Path, block: int) -> None:
+    target = held_scene(tmp_path, block=block)
+    healer = Healer(target)
+    target.main.unwritable = set(range(40, 48))
+    target.app.write(target.kernel, 40)
+    assert target.app.waiting
+    healer.settle()
+    target.app.settle(target.kernel)
+    assert not target.kernel.failed
+    assert target.app.acknowledged == {40: 1}
+    assert healer.reports[-1]["operation"] == "write"
+    target.check()
+
+
+def test_one_request_that_touches_several_chunks(target: Scene, healer: Healer) -> None:
+    """Only the chunks with bad sectors are moved."""
+    target.spoil(50, failures=3)
+    number = target.kernel.submit_read(NAME, 44, 16)
+    healer.settle()
+    assert target.kernel.answers[number] == data_of(44, 16)
+    assert healer.reports[-1]["moved"] == [{"start": 48, "count": 8}]
+    assert healer.reports[-1]["hit"] == [{"start": 44, "count": 16}]
+    target.check()
+
+
+def test_the_short_last_chunk(target: Scene, healer: Healer) -> None:
+    target.spoil(SECTORS - 1, failures=3)
+    number = target.kernel.submit_read(NAME, SECTORS - 5, 5)
+    healer.settle()
+    assert target.kernel.answers[number] == data_of(SECTORS - 5, 5)
+    target.check()
+
+
+def test_a_chunk_that_reads_well_is_moved_when_it_fails_again(
+    target: Scene, healer: Healer
+) -> None:
+    target.spoil(41, failures=1)
+    first = target.kernel.submit_read(NAME, 41, 1)
+    healer.settle()
+    assert healer.kinds() == ["healing", "passed"]
+    assert target.kernel.answers[first] == data_of(41, 1)
+    assert target.generation() == 1
+    target.spoil(41, failures=1)
+    target.kernel.submit_read(NAME, 41, 1)
+    healer.settle()
+    assert healer.kinds()[2:] == ["healing", "healed"]
+    assert target.generation() == 2
+    # After a long time it counts as the first time.
+    target.spoil(81, failures=1)
+    target.kernel.submit_read(NAME, 81, 1)
+    healer.settle()
+    healer.now += 1000
+    target.spoil(81, failures=1)
+    target.kernel.submit_read(NAME, 81, 1)
+    healer.settle()
+    assert healer.kinds()[4:] == ["healing", "passed"] * 2
+    target.check()
+
+
+def test_an_error_that_its_bio_tells_again_counts_once(target: Scene, healer: Healer) -> None:
+    target.spoil(41, failures=1)
+    target.kernel.submit_read(NAME, 41, 1)
+    healer.turn()
+    target.kernel.trace.append(" x-1 [0] .. 1.2: block_bio_complete: 8,0 R 41 + 1 [-5]")
+    healer.settle()
+    assert healer.kinds() == ["healing", "passed"]
+
+
+SPOTS = st.dictionaries(
+    st.integers(0, SECTORS - 1), st.sampled_from(["weak", "lost", "unwritable"]), max_size=8
+)
+ACTS = st.lists(
+    st.one_of(
+        st.tuples(st.just("read"), st.integers(0, SECTORS - 1), st.integers(1, CHUNK)),
+        st.tuples(st.just("write"), st.integers(0, SECTORS - 1), st.just(1)),
+        st.tuples(st.just("flush"), st.just(0), st.just(0)),
+        st.tuples(st.just("turn"), st.just(0), st.just(0)),
+    ),
+    max_size=14,
+)
+
+
+@settings(max_examples=60, deadline=None)
+@given(spots=SPOTS, acts=ACTS)
+def test_an_application_sees_its_data_and_lost_sectors_only(
+    spots: dict[int, str], acts: list[tuple[str, int, int]]
+) -> None:
+    """Reads within chunks, writes of sectors, and flushes, in any order with the reflex's turns."""
+    with tempfile.TemporaryDirectory() as folder:
+        target = held_scene(Path(folder))
+        healer = Healer(target)
+        written: set[int] = set()
+        lost = {sector for sector, kind in spots.items() if kind == "lost"}
+        target.main.spoil(lost)
+        target.main.spoil((s for s, kind in spots.items() if kind == "weak"), failures=3)
+        target.main.unwritable = {s for s, kind in spots.items() if kind == "unwritable"}
+        reads = {}
+        for verb, sector, count in acts:
+            if verb == "turn":
+                healer.turn()
+            elif verb == "flush":
+                target.kernel.submit_flush(NAME)
+            elif verb == "write":
+                target.app.write(target.kernel, sector)
+                written.add(sector)
+            else:
+                count = min(count, CHUNK - sector % CHUNK, SECTORS - sector)
+                number = target.kernel.submit_read(NAME, sector, count)
+                reads[number] = (sector, count, set(written))
+        healer.settle()
+        target.app.settle(target.kernel)
+        for number in target.kernel.failed:
+            sector, count, before = reads[number]
+            assert lost & set(range(sector, sector + count)) - before, "no lost sector, no error"
+            assert target.kernel.errors[number] == errno.EILSEQ
+        for number, (sector, _count, _before) in reads.items():
+            answer = target.kernel.answers.get(number, b"")
+            for index in range(len(answer) // SECTOR):
+                block = answer[index * SECTOR : (index + 1) * SECTOR]
+                known = target.app.versions[sector + index]
+                assert block in known, "data of this sector, of this or an earlier time"
+        target.app.waiting.clear()
+        for sector in lost - written:
+            target.app.versions[sector] = [None]
+        for sector in set(target.main.bad) - lost:
+            del target.main.bad[sector]
+        target.check()
+        assert "failed" not in healer.kinds()
+
+
+# Others on the host
+
+
+def test_a_target_that_another_process_works_on_is_healed_when_it_is_free(
+    target: Scene, healer: Healer
+) -> None:
+    target.spoil(41, failures=3)
+    with target.engine().locked(NAME):
+        number = target.kernel.submit_read(NAME, 41, 1)
+        healer.turn(5)
+        assert number not in target.kernel.completed | target.kernel.failed
+    healer.settle()
+    assert target.kernel.answers[number] == data_of(41, 1)
+    target.check()
+
+
+@pytest.mark.parametrize("at_once", [True, False])
+def test_a_target_made_after_the_reflex_began(tmp_path: Path, at_once: bool) -> None:
+    target = make_scene(tmp_path, on_error="hold")
+    healer = Healer(target)
+    if not at_once:
+        healer.turn(seconds=20)
+    create_held(target)
+    target.spoil(41, failures=3)
+    number = target.kernel.submit_read(NAME, 41, 1)
+    begun = healer.now
+    healer.settle()
+    assert target.kernel.answers[number] == data_of(41, 1)
+    assert healer.now - begun < 1.1, "an error is not forgotten until the next regular look"
+    assert healer.kinds() == ["healing", "healed"]
+    target.check()
+
+
+def test_a_target_that_was_locked_when_the_reflex_began(target: Scene) -> None:
+    with target.engine().locked(NAME):
+        healer = Healer(target)
+        target.spoil(41, failures=3)
+        number = target.kernel.submit_read(NAME, 41, 1)
+        healer.turn(3)
+    begun = healer.now
+    healer.settle()
+    assert target.kernel.answers[number] == data_of(41, 1)
+    assert healer.now - begun < 1.1
+    target.check()
+
+
+def test_a_chunk_that_somebody_else_remapped_meanwhile(target: Scene, healer: Healer) -> None:
+    target.spoil(41, failures=3)
+    number = target.kernel.submit_read(NAME, 41, 1)
+    target.remap((41, 1))
+    target.spoil(81, failures=3)
+    second = target.kernel.submit_read(NAME, 81, 1)
+    healer.settle()
+    assert target.kernel.answers[number] == data_of(41, 1)
+    assert target.kernel.answers[second] == data_of(81, 1)
+    assert target.generation() == 3
+    target.check()
+
+
+def test_a_target_that_is_removed_and_made_again(target: Scene, healer: Healer) -> None:
+    target.spoil(41, failures=3)
+    target.kernel.submit_read(NAME, 41, 1)
+    healer.settle()
+    healer.turn(seconds=0)
+    # The reflex keeps the spares open until it sees that the target goes.
+    target.kernel.mapped[f"{NAME}-spare0"].handles = 0
+    target.remove()
+    create_held(target)
+    target.spoil(43, failures=3)
+    number = target.kernel.submit_read(NAME, 43, 1)
+    healer.settle()
+    assert target.kernel.answers[number] == data_of(43, 1)
+    assert target.generation() == 2
+    target.check()
+
+
+def test_a_remap_by_somebody_else_does_not_wait_for_the_reflex(
+    target: Scene, healer: Healer
+) -> None:
+    """It has the lock that the reflex waits for, so it may read nothing that is held."""
+    target.spoil(41)
+    target.kernel.submit_read(NAME, 41, 1)
+    healer.settle()
+    target.main.unwritable = {80}
+    target.app.write(target.kernel, 80)
+    with target.engine().locked(NAME):
+        assert target.remap((40, 8)).lost == [(41, 1)]
+    healer.settle()
+    target.check()
+
+
+def test_errors_elsewhere_on_the_host_do_nothing(target: Scene, healer: Healer) -> None:
+    writes: list[str] = []
+    quiet = Healer(target, target.engine(Process(target.kernel, writes.append)))
+    assert target.spares[0].devno == "8:16"
+    target.kernel.trace += [
+        " x-1 [0] .. 1.2: block_rq_error: 9,0 R () 41 + 1 [-5]",
+        " x-1 [0] .. 1.2: block_rq_error: 8,16 R () 0 + 8 [-5]",
+    ]
+    quiet.turn(100)
+    assert writes == []
+    assert quiet.reports == []
+
+
+# What no remap cures
+
+
+def test_the_queue_that_the_fail_safe_took_away_comes_back(target: Scene, healer: Healer) -> None:
+    path = target.kernel.mapped[HOLD].live.multipath
+    path.fail_path()
+    path.queueing = False
+    failed = target.kernel.submit_read(NAME, 8, 1)
+    assert failed in target.kernel.failed, "this is what the fail-safe is for"
+    healer.turn(seconds=1)
+    assert (path.active, path.queueing) == (True, True)
+    number = target.kernel.submit_read(NAME, 8, 1)
+    assert target.kernel.answers[number] == data_of(8, 1)
+
+
+def test_without_room_on_the_spares_io_fails_and_never_waits(target: Scene, healer: Healer) -> None:
+    geometry = geometry_of(target.engine().require(NAME).metadata, 0)
+    target.spares[0].unwritable = set(range(geometry.data_start, geometry.far_middle))
+    target.spoil(41)
+    numbers = [target.kernel.submit_read(NAME, 41, 1), target.kernel.submit_read(NAME, 80, 1)]
+    healer.settle()
+    assert target.kernel.errors[numbers[0]] == errno.EIO
+    assert set(numbers) == target.kernel.failed | target.kernel.completed
+    assert healer.kinds() == ["healing", "failed"]
+    assert "cannot be written" in healer.reports[1]["reason"]
+    healer.turn(200)
+    assert healer.kinds() == ["healing", "failed"], "its own failed reads are no news"
+    target.app.versions[41] = [content(41)]
+    assert target.kernel.submit_read(NAME, 80, 1) in target.kernel.completed
+    # With room again it is healed.
+    target.spares[0].unwritable = set()
+    target.main.spoil([41], failures=3)
+    number = target.kernel.submit_read(NAME, 41, 1)
+    healer.settle()
+    assert target.kernel.answers[number] == data_of(41, 1)
+    target.check()
+
+
+@pytest.mark.parametrize("state", [DeviceState.GONE, DeviceState.OFFLINE])
+def test_io_to_a_main_that_is_gone_waits_quietly_until_it_is_back(
+    target: Scene, healer: Healer, state: DeviceState
+) -> None:
+    target.main.dead = True
+    healer.state = state
+    number = target.kernel.submit_read(NAME, 41, 1)
+    healer.turn(500)
+    assert healer.kinds() == ["device_lost"]
+    assert number not in target.kernel.completed | target.kernel.failed
+    assert not target.kernel.trace, "nothing is tried while it is away"
+    target.main.dead = False
+    healer.state = DeviceState.LIVE
+    healer.settle()
+    assert target.kernel.answers[number] == data_of(41, 1)
+    assert target.generation() == 1
+    target.check()
+
+
+def test_a_main_that_fails_everywhere_loses_no_sector_and_io_ends(
+    target: Scene, healer: Healer
+) -> None:
+    target.main.dead = True
+    number = target.kernel.submit_read(NAME, 41, 1)
+    healer.settle()
+    assert target.kernel.errors[number] == errno.EIO
+    assert healer.kinds() == ["healing", "failed"]
+    assert "everywhere" in healer.reports[1]["reason"]
+    target.main.dead = False
+    assert target.generation() == 1
+    target.check()
+
+
+def test_a_path_that_fails_again_and_again_ends_in_errors(target: Scene, healer: Healer) -> None:
+    """A spare that died fails I/O below the path, and no error of main explains it."""
+    target.remap((40, 1))
+    target.spares[0].dead = True
+    number = target.kernel.submit_read(NAME, 40, 1)
+    healer.settle()
+    assert target.kernel.errors[number] == errno.EIO
+    assert healer.kinds() == ["failed"]
+    assert healer.turns < 60
+
+
+@pytest.mark.parametrize("delay", [0.02, 5.0])
+def test_an_error_that_tells_of_no_sector_ends_in_errors(
+    target: Scene, healer: Healer, delay: float
+) -> None:
+    """It may pass, so it is tried again, but neither without a pause nor for ever."""
+    target.main.dead, target.main.code = True, errno.ENOLINK
+    number = target.kernel.submit_read(NAME, 41, 1)
+    tries = 0
+    while number not in target.kernel.failed:
+        tries += bool(target.kernel.trace)
+        healer.turn(seconds=delay)
+        assert healer.turns < 100
+    assert 10 < tries <= 51
+    assert healer.kinds() == ["failed"]
+    target.main.dead = False
+    target.check()
+
+
+def test_an_error_that_passes_is_tried_again(target: Scene, healer: Healer) -> None:
+    target.main.dead, target.main.code = True, errno.ENOLINK
+    number = target.kernel.submit_read(NAME, 41, 1)
+    healer.turn(10)
+    target.main.dead = False
+    healer.settle()
+    assert target.kernel.answers[number] == data_of(41, 1)
+    target.check()
+
+
+# Flushes
+
+
+def test_a_flush_that_fails_reaches_the_application(target: Scene, healer: Healer) -> None:
+    target.main.flush_fails = True
+    number = target.kernel.submit_flush(NAME)
+    target.main.flush_fails = False
+    healer.settle()
+    assert number in target.kernel.failed
+    assert healer.kinds() == ["flush_failed"]
+    assert target.kernel.submit_flush(NAME) in target.kernel.completed
+
+
+def test_a_flush_that_failed_before_the_reflex_began(target: Scene) -> None:
+    target.main.flush_fails = True
+    number = target.kernel.submit_flush(NAME)
+    target.main.flush_fails = False
+    healer = Healer(target)
+    healer.settle()
+    assert number in target.kernel.failed
+
+
+def fail_flush(scene: Scene, in_flight: bool) -> int:
+    """An application's flush that fails now; ``in_flight`` for one that had begun long before."""
+    kernel, path = scene.kernel, scene.kernel.mapped[HOLD].live.multipath
+    if path.active or not in_flight:
+        scene.main.flush_fails = path.active
+        number = kernel.submit_flush(NAME)
+        scene.main.flush_fails = False
+        return number
+    kernel._requests += 1
+    kernel.trace.append(" x-1 [0] .. 1.0: block_rq_error: 8,0 FF () 0 + 0 [-5]")
+    path.queued.append(Request(kernel._requests, Io("flush"), ((NAME, 0),)))
+    return kernel._requests
+
+
+def test_a_flush_that_fails_at_any_moment_of_a_healing_reaches_the_application(
+    tmp_path: Path,
+) -> None:
+    """It may have begun before the path failed; a swap of the map waits until it has ended."""
+    moment = 0
+    seen = True
+    while seen:
+        target = held_scene(tmp_path / str(moment))
+        target.spoil(41, failures=3)
+        events: list[str] = []
+        flushes: list[int] = []
+
+        def on_event(name: str) -> None:
+            if len(events) == moment:  # noqa: B023
+                flushes.append(fail_flush(target, "swap guarded-map" not in events))  # noqa: B023
+            events.append(name)  # noqa: B023
+
+        healer = Healer(target, target.engine(Process(target.kernel, on_event), on_event))
+        number = target.kernel.submit_read(NAME, 41, 1)
+        begun = list(target.kernel.trace)
+        healer.settle()
+        seen = bool(flushes)
+        assert begun
+        assert number in target.kernel.completed | target.kernel.failed
+        if seen:
+            in_trace = "flush_failed" in healer.kinds()
+            assert (flushes[0] in target.kernel.failed) == in_trace, events[moment]
+            waited = flushes[0] in target.kernel.completed
+            drained = "swap guarded-map" in events[:moment]
+            assert in_trace or (waited and drained), events[moment]
+        target.check(why=str(moment))
+        moment += 1
+    assert moment > 40
+
+
+def test_a_flush_that_fails_when_the_path_is_looked_at_reaches_the_application(
+    target: Scene, healer: Healer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Just after the trace was read and before the path's state is."""
+    engine = healer.reflex._engine
+    path_of = engine.path_of
+    flushes: list[int] = []
+
+    def path_fails(name: str) -> Any:
+        if not flushes:
+            flushes.append(fail_flush(target, False))
+        return path_of(name)
+
+    monkeypatch.setattr(engine, "path_of", path_fails)
+    healer.turn(seconds=1)
+    healer.settle()
+    assert flushes[0] in target.kernel.failed
+
+
+@pytest.mark.parametrize("is_held", [True, False])
+def test_when_the_kernel_dropped_errors_nothing_is_tried_again_that_may_be_a_flush(
+    target: Scene, healer: Healer, is_held: bool
+) -> None:
+    number = 0
+    if is_held:
+        target.main.flush_fails = True
+        number = target.kernel.submit_flush(NAME)
+        target.main.flush_fails = False
+    target.kernel.trace[:] = ["CPU:0 [LOST 1 EVENTS]"]
+    healer.settle()
+    healer.turn(seconds=1)
+    assert (number in target.kernel.failed) == is_held
+    assert healer.kinds() == (["failed"] if is_held else [])
+
+
+# Crashes
+
+
+def heal_with(scene: Scene, engine: Engine) -> Healer:
+    healer = Healer(scene, engine)
+    healer.settle()
+    return healer
+
+
+@pytest.mark.parametrize("kind", ["weak", "lost", "unwritable", "flush"])
+def test_a_reflex_killed_anywhere_is_followed_by_one_that_ends_all_waits(
+    tmp_path: Path, kind: str
+) -> None:
+    target = held_scene(tmp_path)
+    if kind == "weak":
+        target.spoil(41, failures=3)
+    elif kind == "lost":
+        target.spoil(41)
+    number = target.kernel.submit_read(NAME, 41, 1) if kind in ("weak", "lost") else 0
+    if kind == "unwritable":
+        target.main.unwritable = {41}
+        target.app.write(target.kernel, 41)
+    if kind == "flush":
+        target.spoil(41, failures=3)
+        number = target.kernel.submit_read(NAME, 41, 1)
+        target.kernel.mapped[HOLD].live.multipath.active = True
+        target.main.flush_fails = True
+        flush = target.kernel.submit_flush(NAME)
+        target.main.flush_fails = False
+    crashes = record(target, lambda engine: heal_with(target, engine))
+    assert len(crashes) > 40
+    generations = []
+    for crash in crashes:
+        scene = target.at(crash.kernel, crash.app)
+        failures = scene.main.bad.get(41)
+        if failures is not None:
+            # What was read in vain by the first reflex must not make the sector whole.
+            scene.main.spoil([41], failures=3)
+        healer = Healer(scene)
+        healer.settle()
+        scene.app.settle(scene.kernel)
+        if kind in ("weak", "flush"):
+            done = scene.kernel.answers.get(number)
+            assert done == data_of(41, 1) or (kind == "flush" and done is None), crash.label
+        if kind == "lost":
+            assert scene.kernel.errors[number] == errno.EILSEQ, crash.label
+        if kind == "unwritable":
+            assert scene.app.acknowledged == {41: 1}, crash.label
+        if kind == "flush" and crash is not crashes[0]:
+            assert flush in scene.kernel.failed, crash.label
+        again = scene.kernel.submit_read(NAME, 48, 1)
+        assert again in scene.kernel.completed, crash.label
+        # A flush that failed has taken the read with it, maybe before the chunk was moved.
+        scene.kernel.submit_read(NAME, 41, 1)
+        healer.settle()
+        scene.check(why=crash.label)
+        generations.append(scene.generation())
+    assert set(generations) <= {1, 2}
+    assert generations[-1] == 2
+
+
+def test_writes_at_every_step_of_a_healing_are_kept(tmp_path: Path) -> None:
+    target = held_scene(tmp_path)
+    target.spoil(41, failures=4)
+    steps: list[str] = []
+
+    def step(name: str) -> None:
+        steps.append(name)
+        for sector in (40, 42 + len(steps) % 6, 80, 120):
+            target.app.write(target.kernel, sector)
+
+    target.kernel.submit_read(NAME, 41, 1)
+    heal_with(target, target.engine(step=step))
+    assert "committed" in steps
+    assert not target.kernel.failed
+    target.check()
+
+
+def test_one_call_that_fails_anywhere_in_a_healing_leaves_nothing_waiting(tmp_path: Path) -> None:
+    calls: list[str] = []
+    target = held_scene(tmp_path / "whole")
+    target.spoil(41, failures=3)
+    target.kernel.submit_read(NAME, 41, 1)
+    heal_with(target, target.engine(Process(target.kernel, calls.append)))
+    for number, label in enumerate(calls):
+        scene = held_scene(tmp_path / str(number))
+        scene.spoil(41, failures=6)
+        read = scene.kernel.submit_read(NAME, 41, 1)
+        count = iter(range(len(calls) * 100))
+
+        def fail(name: str) -> None:
+            if next(count) == number:  # noqa: B023
+                if name.startswith(("write", "flush")):
+                    raise OSError(errno.EIO, f"injected into {name}")
+                raise DmRemapError(f"injected into {name}")
+
+        healer = heal_with(scene, scene.engine(Process(scene.kernel, fail)))
+        assert read in scene.kernel.completed | scene.kernel.failed, label
+        healer.turn(3, seconds=11)
+        path = scene.kernel.mapped[HOLD].live.multipath
+        assert (path.active, path.queueing) == (True, True), label
+        scene.main.bad.clear()
+        scene.create()
+        scene.check(why=f"{number}: {label}")
+
+
+# The parts
+
+
+@pytest.mark.parametrize(
+    ("error", "reads", "writes", "others"),
+    [
+        (("read", 139, 1, 5), {4}, set(), set()),
+        (("read", 100, 40, 61), {0, 1, 3, 4}, set(), set()),
+        (("write", 0, 4096, 5), set(), set(range(25)) - {2}, set()),
+        (("read", 117, 6, 110), set(), set(), set()),
+        (("read", 117, 8, 121), {3}, set(), set()),
+        (("read", 139, 1, 67), set(), set(), {67}),
+        (("read", 0, 99, 5), set(), set(), set()),
+        (("read", 101 + SECTORS, 8, 5), set(), set(), set()),
+    ],
+)
+def test_failed_requests_become_chunks_on_main(
+    target: Scene,
+    error: tuple[str, int, int, int],
+    reads: set[int],
+    writes: set[int],
+    others: set[int],
+) -> None:
+    """Main begins at sector 100 of its disk, and chunk 2 is on a spare."""
+    target.remap((16, 8))
+    observed = target.engine().require(NAME)
+    operation, sector, count, code = error
+    injury = injury_of(
+        observed, 100, [BlockError(True, "8:0", operation, sector, count, code, False)]
+    )
+    assert (injury.reads, injury.writes) == (reads, writes)
+    assert injury.others == others
+
+
+def test_reports_wait_for_a_listener_and_the_oldest_go_first() -> None:
+    reports = Reports(keep=2)
+    told: list[int] = []
+    reports.listener = lambda: told.append(1)
+    first, second, third = {"n": 1}, {"n": 2}, {"n": 3}
+    reports.add(first)
+    assert reports.first() is first
+    reports.add(second)
+    reports.add(third)
+    assert len(told) == 3
+    reports.forget(first)
+    assert reports.first() is second, "what was dropped already is not forgotten twice"
+    reports.forget(second)
+    reports.forget(third)
+    assert reports.first() is None
+
+
+def test_the_reflex_runs_until_it_is_told_to_stop(target: Scene) -> None:
+    healer = Healer(target)
+    target.spoil(41, failures=3)
+    number = target.kernel.submit_read(NAME, 41, 1)
+    seen: list[bool] = []
+    with wake_up() as (stop, wake):
+
+        def pause() -> float:
+            seen.append(target.engine().healer_runs())
+            if number in target.kernel.completed:
+                wake()
+            return 0.0
+
+        healer.reflex._pause = pause
+        healer.reflex.run(stop, lambda: seen.append(True))
+    assert len(seen) > 1
+    assert all(seen)
+    assert not target.engine().healer_runs()
+    assert all(not device.handles for device in target.kernel.mapped.values())
+    assert reflex_module.INSTANCE != "dm_remap", "each reader of a trace needs its own"
