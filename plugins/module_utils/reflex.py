@@ -173,6 +173,8 @@ class Reflex:
         disk_of: the disk of a device, and its first sector there.
         requests: whether a device has request queues.
         patience: how hard to try to read failing blocks.
+        haste: seconds for reading while all I/O waits; what takes longer is done again while only
+            the chunks' I/O does.
         clock: seconds that only rise.
     """
 
@@ -185,6 +187,7 @@ class Reflex:
         disk_of: Callable[[str], tuple[str, int]] = whole_disk,
         requests: Callable[[str], bool] = serves_requests,
         patience: Patience = PATIENCE,
+        haste: float = HASTE_SECONDS,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._engine = engine
@@ -194,7 +197,7 @@ class Reflex:
         self._disk_of = disk_of
         self._requests = requests
         self._patience = patience
-        self._haste = replace(patience, budget=min(HASTE_SECONDS, patience.budget))
+        self._haste = replace(patience, budget=min(haste, patience.budget))
         self._clock = clock
         self._wards: dict[str, Ward] = {}
         self._unknown: collections.deque[BlockError] = collections.deque(maxlen=_UNKNOWN_KEPT)

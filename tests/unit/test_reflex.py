@@ -8,6 +8,7 @@ from __future__ import annotations
 import errno
 import os
 import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -71,6 +72,7 @@ class Healer:
 
     scene: Scene
     engine: Engine | None = None
+    haste: float = 60.0
     now: float = 1000.0
     reports: list[dict[str, Any]] = field(default_factory=list)
     state: DeviceState = DeviceState.LIVE
@@ -85,6 +87,7 @@ class Healer:
             disk_of=lambda devno: (devno, 0),
             requests=lambda devno: True,
             patience=QUICK,
+            haste=self.haste,
             clock=lambda: self.now,
         )
         self.reflex.refresh()
@@ -548,8 +551,14 @@ def fail_flush(scene: Scene, in_flight: bool) -> int:
     return kernel._requests
 
 
+def drained(events: Sequence[str]) -> bool:
+    """Whether the map was suspended or swapped, which waits for what is in flight."""
+    return bool({"swap guarded-map", "suspend guarded-map"} & set(events))
+
+
+@pytest.mark.parametrize("haste", [60.0, 0.0], ids=["hasty", "frozen"])
 def test_a_flush_that_fails_at_any_moment_of_a_healing_reaches_the_application(
-    tmp_path: Path,
+    tmp_path: Path, haste: float
 ) -> None:
     """It may have begun before the path failed; a swap of the map waits until it has ended."""
     moment = 0
@@ -562,10 +571,10 @@ def test_a_flush_that_fails_at_any_moment_of_a_healing_reaches_the_application(
 
         def on_event(name: str) -> None:
             if len(events) == moment:  # noqa: B023
-                flushes.append(fail_flush(target, "swap guarded-map" not in events))  # noqa: B023
+                flushes.append(fail_flush(target, not drained(events)))  # noqa: B023
             events.append(name)  # noqa: B023
 
-        healer = Healer(target, target.engine(Process(target.kernel, on_event), on_event))
+        healer = Healer(target, target.engine(Process(target.kernel, on_event), on_event), haste)
         number = target.kernel.submit_read(NAME, 41, 1)
         begun = list(target.kernel.trace)
         healer.settle()
@@ -576,11 +585,10 @@ def test_a_flush_that_fails_at_any_moment_of_a_healing_reaches_the_application(
             in_trace = "flush_failed" in healer.kinds()
             assert (flushes[0] in target.kernel.failed) == in_trace, events[moment]
             waited = flushes[0] in target.kernel.completed
-            drained = "swap guarded-map" in events[:moment]
-            assert in_trace or (waited and drained), events[moment]
+            assert in_trace or (waited and drained(events[:moment])), events[moment]
         target.check(why=str(moment))
         moment += 1
-    assert moment > 40
+    assert moment > (25 if haste else 40)
 
 
 def test_a_flush_that_fails_when_the_path_is_looked_at_reaches_the_application(
@@ -621,15 +629,16 @@ def test_when_the_kernel_dropped_errors_nothing_is_tried_again_that_may_be_a_flu
 # Crashes
 
 
-def heal_with(scene: Scene, engine: Engine) -> Healer:
-    healer = Healer(scene, engine)
+def heal_with(scene: Scene, engine: Engine, haste: float = 60.0) -> Healer:
+    healer = Healer(scene, engine, haste)
     healer.settle()
     return healer
 
 
+@pytest.mark.parametrize("haste", [60.0, 0.0], ids=["hasty", "frozen"])
 @pytest.mark.parametrize("kind", ["weak", "lost", "unwritable", "flush"])
 def test_a_reflex_killed_anywhere_is_followed_by_one_that_ends_all_waits(
-    tmp_path: Path, kind: str
+    tmp_path: Path, kind: str, haste: float
 ) -> None:
     target = held_scene(tmp_path)
     if kind == "weak":
@@ -647,8 +656,8 @@ def test_a_reflex_killed_anywhere_is_followed_by_one_that_ends_all_waits(
         target.main.flush_fails = True
         flush = target.kernel.submit_flush(NAME)
         target.main.flush_fails = False
-    crashes = record(target, lambda engine: heal_with(target, engine))
-    assert len(crashes) > 40
+    crashes = record(target, lambda engine: heal_with(target, engine, haste))
+    assert len(crashes) > (25 if haste else 40)
     generations = []
     for crash in crashes:
         scene = target.at(crash.kernel, crash.app)
