@@ -20,7 +20,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
-from . import blockdev, copies, extents, mapping, planner, pool
+from . import blockdev, copies, extents, mapping, planner
 from .blockdev import SECTOR_BYTES, DeviceInfo
 from .devmapper import DeviceMapper, MappedDevice, Segment, check_name
 from .errors import DmRemapError, Refused
@@ -513,6 +513,17 @@ class Engine:
             copies.commit(self._open_members(stack, plan.spares), None, draft, step=self._step)
         self._backup(draft)
 
+    def _do_update_config(self, plan: Plan, action: planner.Action) -> None:
+        with contextlib.ExitStack() as stack:
+            members = self._open_members(stack, plan.spares)
+            surveys = {member.name: copies.survey(member) for member in members.values()}
+            current = copies.choose(surveys).metadata
+            new = current.successor(
+                time.time_ns(), host_id=host_id(), config=_metadata_of(plan).config
+            )
+            copies.commit(members, current, new, step=self._step)
+        self._backup(new)
+
     def _do_repair_metadata(self, plan: Plan, action: planner.Action) -> None:
         surveys = {}
         for info in plan.spares.values():
@@ -779,7 +790,8 @@ class Engine:
             pending = [w for w in works if w in dirty or w.extent.spare not in usable]
             settled = [work.extent for work in works if work not in pending]
             try:
-                placed = pool.allocate(
+                placed = planner.allocate(
+                    metadata,
                     [work.extent.logical for work in pending],
                     usable,
                     [*metadata.extents, *settled],

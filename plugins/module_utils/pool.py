@@ -22,7 +22,7 @@ BALANCED = "balanced"
 HEALTH = "health"
 POLICIES = (FIRST_FIT, BALANCED, HEALTH)
 
-BEST_SCORE = 100
+BEST_SCORE = 100.0
 
 
 @dataclass(frozen=True)
@@ -186,7 +186,7 @@ def scores_of(metadata: Metadata) -> dict[int, float]:
     for index, entry in _health_of_spares(metadata):
         score: Any = entry.get("score")
         number = isinstance(score, (int, float)) and not isinstance(score, bool)
-        scores[index] = score if number and 0 <= score <= BEST_SCORE else BEST_SCORE
+        scores[index] = float(score) if number and 0 <= score <= BEST_SCORE else BEST_SCORE
     return scores
 
 
@@ -228,7 +228,7 @@ def allocate(
        one. They were not written since the spare was formatted, unless by a remap that was given
        up: a lost sector reads as an error there by itself. For places of steps 1 and 3 that is not
        so likely, and whoever writes a chunk must check it for every place.
-    3. The shortest run of lower places that is long enough.
+    3. The shortest run of lower places that is long enough, on the first spare that has one.
 
     What no run of places is long enough for is split, the longest run first. The policies order the
     spares: ``first_fit`` by index, ``balanced`` by the free share of their chunks, ``health`` by

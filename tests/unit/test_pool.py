@@ -169,26 +169,24 @@ def test_a_run_stays_whole_where_it_can(case: Case, policy: str, data: st.DataOb
     chosen = case.place(range(5000, 5000 + count), policy)
     best = max(case.score(index, policy) for index, _chunk in allowed)
     eligible = [place for place in allowed if case.score(place[0], policy) == best]
-    gaps = {
-        fresh: [
-            run
+    fresh, lower = (
+        [
+            (index, *run)
             for index in case.geometries
             for run in runs(
-                sorted(c for i, c in eligible if i == index and case.is_fresh((i, c)) == fresh)
+                sorted(c for i, c in eligible if (i, case.is_fresh((i, c))) == (index, new))
             )
         ]
-        for fresh in (True, False)
-    }
+        for new in (True, False)
+    )
     split = sum(after != (before[0], before[1] + 1) for before, after in zip(chosen, chosen[1:]))
-    if any(length >= count for _first, length in gaps[True]):
+    long_enough = [gap for gap in fresh or lower if gap[2] >= count]
+    if long_enough:
         assert split == 0
-    elif not gaps[True] and any(length >= count for _first, length in gaps[False]):
-        assert split == 0
-        # The shortest gap that is long enough.
-        lengths = {run: run[1] for run in gaps[False] if run[1] >= count}
-        assert min(lengths.values()) in {
-            length for (first, length) in lengths if first == chosen[0][1]
-        }
+    if long_enough and not fresh:
+        here = [gap for gap in long_enough if gap[0] == chosen[0][0]]
+        used = next(length for _spare, first, length in here if first == chosen[0][1])
+        assert used == min(length for _spare, _first, length in here)
     for before, after in zip(chosen, chosen[1:]):
         following = (before[0], before[1] + 1)
         if following != after and following in allowed:
@@ -225,7 +223,7 @@ def test_a_gap_between_two_neighbours_is_closed() -> None:
 
 def test_a_run_joins_both_neighbours_as_far_as_there_is_room() -> None:
     spares = {0: geometry(30, range(29, 30))}
-    remaps = [Extent(10, 1, 0, 2), Extent(50, 1, 0, 4), Extent(15, 1, 0, 9), Extent(60, 1, 0, 7)]
+    remaps = [Extent(9, 2, 0, 1), Extent(50, 1, 0, 4), Extent(15, 1, 0, 9), Extent(60, 1, 0, 7)]
     placed = allocate([11, 12, 13, 14], spares, remaps)
     assert [extent.physical for extent in placed] == [3, 10, 11, 8]
 
