@@ -19,7 +19,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from typing import IO, Any, Protocol
 
-from . import blockdev, copies, extents, mapping, planner, pool, stack
+from . import blockdev, copies, extents, mapping, planner, stack
 from .blockdev import SECTOR_BYTES, DeviceInfo
 from .devmapper import DeviceMapper, MappedDevice, Segment, check_name
 from .errors import DmRemapError, Refused
@@ -702,13 +702,14 @@ class Engine:
         self._freezer.park(self.require(plan.name))
 
     def _do_update_config(self, plan: Plan, action: planner.Action) -> None:
-        target = self.require(plan.name)
-        successor = target.metadata.successor(time.time_ns(), host_id=host_id())
-        new = replace(successor, config=_metadata_of(plan).config)
-        with contextlib.ExitStack() as members:
-            copies.commit(
-                self._open_members(members, plan.spares), target.metadata, new, step=self._step
+        with contextlib.ExitStack() as opened:
+            members = self._open_members(opened, plan.spares)
+            surveys = {member.name: copies.survey(member) for member in members.values()}
+            current = copies.choose(surveys).metadata
+            new = current.successor(
+                time.time_ns(), host_id=host_id(), config=_metadata_of(plan).config
             )
+            copies.commit(members, current, new, step=self._step)
         self.backup(new)
 
     def _do_hold_errors(self, plan: Plan, action: planner.Action) -> None:
@@ -1130,7 +1131,9 @@ class Engine:
         faults: Mapping[int, OSError],
     ) -> None:
         try:
-            placed = pool.allocate([work.chunk for work in works], usable, taken, shunned)
+            placed = planner.allocate(
+                target.metadata, [work.chunk for work in works], usable, taken, shunned
+            )
         except Refused as error:
             for spare in target.spares:
                 if spare.index in faults:

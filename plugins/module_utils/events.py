@@ -27,6 +27,9 @@ DEVICE_SLOW = "device_slow"
 BLIND = "blind"
 OVERRUN = "overrun"
 STARTED = "started"
+POOL_WARN = "pool_warn"
+POOL_CRITICAL = "pool_critical"
+POOL_FULL = "pool_full"
 
 SEVERITIES: Mapping[str, str] = {
     SECTOR_ERROR: "error",
@@ -37,6 +40,9 @@ SEVERITIES: Mapping[str, str] = {
     BLIND: "critical",
     OVERRUN: "error",
     STARTED: "info",
+    POOL_WARN: "warning",
+    POOL_CRITICAL: "error",
+    POOL_FULL: "critical",
 }
 
 # An event must stay small for the rule engine; a longer list goes into several events.

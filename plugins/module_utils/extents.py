@@ -88,3 +88,14 @@ def merge_sectors(ranges: Iterable[tuple[int, int]]) -> tuple[tuple[int, int], .
         else:
             joined.append((start, count))
     return tuple(joined)
+
+
+def runs(numbers: Iterable[int]) -> list[tuple[int, int]]:
+    """Runs of consecutive numbers among ascending ones, as (first, how many)."""
+    found: list[tuple[int, int]] = []
+    for number in numbers:
+        if found and sum(found[-1]) == number:
+            found[-1] = (found[-1][0], found[-1][1] + 1)
+        else:
+            found.append((number, 1))
+    return found

@@ -20,6 +20,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 
+from .extents import runs
+
 
 @dataclass(frozen=True)
 class Span:
@@ -122,14 +124,3 @@ def keep_only(spans: Iterable[Span], wanted: Callable[[int], bool]) -> list[Span
             guilty = span.guilty and count == span.blocks
             kept.append(replace(span, first=span.first + first, blocks=count, guilty=guilty))
     return kept
-
-
-def runs(numbers: Iterable[int]) -> list[tuple[int, int]]:
-    """Runs of ascending numbers, as (first, how many)."""
-    found: list[tuple[int, int]] = []
-    for number in numbers:
-        if found and sum(found[-1]) == number:
-            found[-1] = (found[-1][0], found[-1][1] + 1)
-        else:
-            found.append((number, 1))
-    return found

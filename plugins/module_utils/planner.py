@@ -191,6 +191,9 @@ class Request:
         shim: ``none``, ``raid`` or ``auto``; None takes ``none``, or what the target has.
         wipe: spares may hold something, which is erased, but for remapped chunks.
         discard_remaps: with ``wipe``, remapped chunks on the spares may be erased too.
+        allocation: one of `pool.POLICIES`; None takes the default, or what the target has.
+        warn: percent of used chunks from which on is warned; None likewise.
+        critical: percent from which on the warning is critical; None likewise.
     """
 
     name: str
@@ -201,6 +204,9 @@ class Request:
     shim: str | None = None
     wipe: bool = False
     discard_remaps: bool = False
+    allocation: str | None = None
+    warn: int | None = None
+    critical: int | None = None
 
 
 @dataclass(frozen=True)
@@ -312,6 +318,59 @@ def _check_request(request: Request) -> None:
             device=request.name,
             remedy="use a power of two from 4 KiB to 1 MiB",
         )
+    if request.allocation not in (None, *pool.POLICIES):
+        raise Refused(
+            f"allocation {request.allocation!r} is not known",
+            device=request.name,
+            remedy=f"use one of {', '.join(pool.POLICIES)}",
+        )
+
+
+def _policies(request: Request, config: Mapping[str, Any]) -> dict[str, Any]:
+    """What of a target's policies is to be stored, because the request wants it otherwise.
+
+    Args:
+        request: what is wanted; what it leaves open stays.
+        config: the configuration that the target has.
+    """
+    changed: dict[str, Any] = {}
+    if request.allocation not in (None, pool.policy_of(config)):
+        changed["allocation"] = request.allocation
+    before = pool.thresholds_of(config)
+    try:
+        after = pool.Thresholds(
+            before.warn if request.warn is None else request.warn,
+            before.critical if request.critical is None else request.critical,
+        )
+    except Refused as error:
+        raise Refused(error.message, device=request.name, remedy=error.remedy) from error
+    if after != before:
+        stored = config.get("thresholds")
+        changed["thresholds"] = {**(stored if isinstance(stored, dict) else {}), **asdict(after)}
+    return changed
+
+
+def _with_config(plan: Plan, changed: Mapping[str, Any]) -> Plan:
+    """The plan for a target that exists, with a new generation where its configuration changes."""
+    metadata = plan.metadata
+    if not metadata or not changed:
+        return plan
+    after = replace(
+        metadata, generation=metadata.generation + 1, config={**metadata.config, **changed}
+    )
+    action = Action("update_config", plan.name, {"generation": after.generation, **changed})
+    geometries = {index: geometry_of(after, index) for index in plan.spares}
+    said = set(pool_warnings(metadata, geometries))
+    return replace(
+        plan,
+        actions=(*plan.actions, action),
+        after=_state(after, plan.spares),
+        metadata=after,
+        warnings=(
+            *(warning for warning in plan.warnings if warning not in said),
+            *pool_warnings(after, geometries),
+        ),
+    )
 
 
 def _present(info: DeviceInfo | None, path: str) -> DeviceInfo:
@@ -505,7 +564,8 @@ def _plan_activation(request: Request, main: DeviceInfo, seen: Seen, choice: cop
     actions += [Action("repair_metadata", c.info.path) for _uuid, c in unreached]
     actions += _activations(request.name, spares)
     actions.append(_creation(request.name, main))
-    return Plan(
+    geometries = {index: geometry_of(metadata, index) for index in spares}
+    plan = Plan(
         name=request.name,
         actions=tuple(actions),
         before=_nothing(),
@@ -513,8 +573,9 @@ def _plan_activation(request: Request, main: DeviceInfo, seen: Seen, choice: cop
         metadata=metadata,
         main=main,
         spares=spares,
-        warnings=warnings_of(choice),
+        warnings=warnings_of(choice) + pool_warnings(metadata, geometries),
     )
+    return _with_config(plan, _policies(request, metadata.config))
 
 
 def _plan_creation(
@@ -529,6 +590,7 @@ def _plan_creation(
         )
     spares = {index: c.info for index, c in enumerate(seen.candidates)}
     entries = []
+    limits = asdict(pool.Thresholds())
     actions = [Action("remove_remains", name) for name in seen.remains]
     for index, candidate in enumerate(seen.candidates):
         info = candidate.info
@@ -551,6 +613,9 @@ def _plan_creation(
             "block_sectors": main.block_sectors,
             "on_error": _wanted_errors(request, seen),
             "shim": _wanted_shim(request, main),
+            "allocation": pool.FIRST_FIT,
+            "thresholds": limits,
+            **_policies(request, {}),
             "main": {
                 "sectors": main.sectors,
                 "logical_block": main.logical_block,
@@ -668,45 +733,34 @@ def _plan_active(request: Request, target: ActiveTarget, seen: Seen) -> Plan:
             remedy="give those spares; a target's spares cannot be changed yet",
         )
     _check_unchangeable(request, target.metadata)
-    upkeep = plan_upkeep(target)
-    return _with_settings(request, target, seen, main, upkeep)
+    return _with_settings(request, target, seen, main)
 
 
-def _with_settings(
-    request: Request, target: ActiveTarget, seen: Seen, main: DeviceInfo, upkeep: Plan
-) -> Plan:
-    """The plan that also brings configuration and kernel to what the request says of errors."""
-    metadata, name = target.metadata, target.name
-    config = dict(metadata.config)
+def _with_settings(request: Request, target: ActiveTarget, seen: Seen, main: DeviceInfo) -> Plan:
+    """The plan that brings configuration and kernel to what the request says."""
+    config = target.metadata.config
+    changed: dict[str, Any] = {}
     if request.on_error is not None and request.on_error != config["on_error"]:
-        config["on_error"] = _wanted_errors(request, seen)
-    if request.shim is not None:
-        config["shim"] = _wanted_shim(request, main)
-    actions = list(upkeep.actions)
-    after = metadata
-    changes = {
-        key: value for key, value in config.items() if value != _setting(metadata.config, key)
-    }
-    if changes:
-        after = replace(metadata, generation=metadata.generation + 1, config=config)
-        actions.append(Action("update_config", name, {**changes, "generation": after.generation}))
-    if shim_of(after) != (RAID_SHIM if target.shim else NO_SHIM):
-        actions.append(Action("insert_shim" if not target.shim else "remove_shim", name))
-    if config["on_error"] != target.errors:
-        actions.append(Action("hold_errors" if target.path is None else "pass_errors", name))
+        changed["on_error"] = _wanted_errors(request, seen)
+    if request.shim is not None and _wanted_shim(request, main) != shim_of(target.metadata):
+        changed["shim"] = _wanted_shim(request, main)
+    changed.update(_policies(request, config))
+    plan = _with_config(plan_upkeep(target), changed)
+    after = {**config, **changed}
+    actions = []
+    if after.get("shim", NO_SHIM) != (RAID_SHIM if target.shim else NO_SHIM):
+        actions.append(Action("remove_shim" if target.shim else "insert_shim", target.name))
+    if after["on_error"] != target.errors:
+        kind = "hold_errors" if target.path is None else "pass_errors"
+        actions.append(Action(kind, target.name))
     elif target.path and not target.path.queueing:
-        actions.append(Action("restore_hold", name))
-    spares = {spare.index: spare.candidate.info for spare in target.spares}
-    return replace(upkeep, actions=tuple(actions), after=_state(after, spares), metadata=after)
-
-
-def _setting(config: Mapping[str, Any], key: str) -> Any:
-    return config.get(key, NO_SHIM if key == "shim" else None)
+        actions.append(Action("restore_hold", target.name))
+    return replace(plan, actions=(*plan.actions, *actions))
 
 
 def shim_of(metadata: Metadata) -> str:
     """The shim that a target is to have: ``none`` or ``raid``."""
-    return str(_setting(metadata.config, "shim"))
+    return str(metadata.config.get("shim", NO_SHIM))
 
 
 def _wanted_errors(request: Request, seen: Seen) -> str:
@@ -744,7 +798,8 @@ def plan_upkeep(target: ActiveTarget) -> Plan:
         metadata=target.metadata,
         main=target.main,
         spares=spares,
-        warnings=warnings_of(target.choice),
+        warnings=warnings_of(target.choice)
+        + pool_warnings(target.metadata, usable_geometries(target)),
     )
 
 
@@ -853,12 +908,45 @@ def plan_remap(
             for chunk in extents.chunks_of(ranges, chunk_sectors, total)
             if extents.find(metadata.extents, chunk) is None
         ]
-        placed = pool.allocate(chunks, usable_geometries(target), metadata.extents, avoid)
+        placed = allocate(metadata, chunks, usable_geometries(target), metadata.extents, avoid)
     except Refused as error:
         raise Refused(error.message, device=name, remedy=error.remedy) from error
     upkeep = plan_upkeep(target)
     plan = remap_actions(target, placed, ())
-    return replace(plan, actions=upkeep.actions + plan.actions, warnings=upkeep.warnings)
+    return replace(
+        plan,
+        actions=upkeep.actions + plan.actions,
+        warnings=warnings_of(target.choice) + plan.warnings,
+    )
+
+
+def allocate(
+    metadata: Metadata,
+    chunks: Sequence[int],
+    geometries: Mapping[int, Geometry],
+    taken: Sequence[Extent],
+    avoid: Sequence[tuple[int, int]],
+) -> list[Extent]:
+    """Choose places for chunks as the target's policy and the health of its spares have it.
+
+    Args:
+        metadata: the target's metadata, for policy, scores and bad places.
+        chunks: logical chunks, ascending.
+        geometries: the usable spares, by index.
+        taken: the extents whose places are in use.
+        avoid: further pairs of spare index and chunk that must not be used.
+
+    Raises:
+        Refused: the spares are full.
+    """
+    return pool.allocate(
+        chunks,
+        geometries,
+        taken,
+        pool.bad_places_of(metadata).union(avoid),
+        pool.policy_of(metadata.config),
+        pool.scores_of(metadata),
+    )
 
 
 def remap_actions(
@@ -905,6 +993,7 @@ def remap_actions(
         main=target.main,
         spares=spares,
         placed=tuple(placed),
+        warnings=pool_warnings(after, usable_geometries(target)),
     )
 
 
@@ -959,6 +1048,14 @@ def warnings_of(choice: copies.Choice) -> tuple[str, ...]:
     )
 
 
+def pool_warnings(metadata: Metadata, geometries: Mapping[int, Geometry]) -> tuple[str, ...]:
+    """What the user should know of the room on the spares."""
+    bad = pool.bad_places_of(metadata)
+    there = pool.whole(pool.capacities(geometries, metadata.extents, bad).values())
+    warning = pool.warning_of(there, pool.thresholds_of(metadata.config))
+    return (f"{metadata.config['name']}: {warning}",) if warning else ()
+
+
 def _activations(name: str, spares: Mapping[int, DeviceInfo]) -> list[Action]:
     return [
         Action("activate_spare", info.path, {"name": spare_name(name, index)})
@@ -988,6 +1085,8 @@ def _state(metadata: Metadata, spares: Mapping[int, DeviceInfo]) -> dict[str, An
             "chunk_size": config["chunk_sectors"] * SECTOR_BYTES,
             "on_error": config["on_error"],
             "shim": shim_of(metadata),
+            "allocation": pool.policy_of(config),
+            "thresholds": asdict(pool.thresholds_of(config)),
             "main": dict(config["main"]),
             "spares": [spares[index].path for index in sorted(spares)],
         },

@@ -11,8 +11,16 @@ from typing import TYPE_CHECKING, Any
 
 from . import pool
 from .extents import merge_sectors
-from .format import geometry_of
-from .planner import SECTOR_BYTES, ActiveTarget, Plan, readable_table, shim_of, warnings_of
+from .planner import (
+    SECTOR_BYTES,
+    ActiveTarget,
+    Plan,
+    pool_warnings,
+    readable_table,
+    shim_of,
+    usable_geometries,
+    warnings_of,
+)
 
 if TYPE_CHECKING:
     from .engine import RemapReport
@@ -23,6 +31,9 @@ def describe_target(target: ActiveTarget) -> dict[str, Any]:
     metadata = target.metadata
     config = metadata.config
     spares = {spare.index: spare.candidate.info for spare in target.spares}
+    chunks = pool.capacities(
+        usable_geometries(target), metadata.extents, pool.bad_places_of(metadata)
+    )
     return {
         "name": target.device.name,
         "device": f"/dev/mapper/{target.device.name}",
@@ -34,26 +45,43 @@ def describe_target(target: ActiveTarget) -> dict[str, Any]:
         "on_error": config["on_error"],
         "shim": shim_of(metadata),
         "holding": target.path is not None and target.path.queueing,
+        "allocation": pool.policy_of(config),
+        "thresholds": asdict(pool.thresholds_of(config)),
         "main": {
             "path": target.main.path if target.main else None,
             "devno": target.main.devno if target.main else None,
             **config["main"],
         },
-        "spares": [_describe_spare(target, spare.index) for spare in target.spares],
+        "spares": [_describe_spare(target, index, chunks[index]) for index in spares],
+        "pool": _describe_pool(pool.whole(chunks.values()), pool.thresholds_of(config)),
         "remapped_chunks": sum(extent.length for extent in metadata.extents),
         "extents": [asdict(extent) for extent in metadata.extents],
         "lost": sector_ranges([(item.sector, item.count) for item in metadata.lost]),
         "interrupted": target.frozen is not None,
         "table": readable_table(metadata, spares),
-        "warnings": list(warnings_of(target.choice)),
+        "warnings": [
+            *warnings_of(target.choice),
+            *pool_warnings(metadata, usable_geometries(target)),
+        ],
     }
 
 
-def _describe_spare(target: ActiveTarget, index: int) -> dict[str, Any]:
+def _describe_pool(chunks: pool.Capacity, thresholds: pool.Thresholds) -> dict[str, Any]:
+    return {
+        "state": pool.state_of(chunks, thresholds).value,
+        "filled_percent": round(chunks.filled_percent, 1),
+        "chunks": chunks.total,
+        "free_chunks": chunks.free,
+        "used_chunks": chunks.used,
+        "bad_chunks": chunks.bad,
+        "reserved_chunks": chunks.reserved,
+    }
+
+
+def _describe_spare(target: ActiveTarget, index: int, chunks: pool.Capacity) -> dict[str, Any]:
     spare = next(item for item in target.spares if item.index == index)
     info = spare.candidate.info
     entry = target.metadata.config["spares"][index]
-    chunks = pool.capacity(geometry_of(target.metadata, index), index, target.metadata.extents)
     return {
         "index": index,
         "path": info.path,
@@ -64,6 +92,10 @@ def _describe_spare(target: ActiveTarget, index: int) -> dict[str, Any]:
         "model": info.model,
         "chunks": chunks.total,
         "free_chunks": chunks.free,
+        "used_chunks": chunks.used,
+        "bad_chunks": chunks.bad,
+        "reserved_chunks": chunks.reserved,
+        "score": pool.scores_of(target.metadata)[index],
         "copies_damaged": info.path in target.choice.damaged,
         "stale": info.path in target.choice.stale,
     }

@@ -14,7 +14,8 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from .errors import DmRemapError, Refused
-from .ladder import Ladder, Span, keep_only, runs, spans_around
+from .extents import runs
+from .ladder import Ladder, Span, keep_only, spans_around
 from .probing import MEDIUM_ERRORS
 
 SECTOR_BYTES = 512

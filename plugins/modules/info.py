@@ -108,6 +108,21 @@ targets:
           M(dm_remap.storage.target) restores it.
       returned: unless there is an RV(targets[].error)
       type: bool
+    allocation:
+      description: Which spare gets the next chunk, V(first_fit), V(balanced) or V(health).
+      returned: unless there is an RV(targets[].error)
+      type: str
+    thresholds:
+      description: From which share of used and bad chunks on is warned, in percent.
+      returned: unless there is an RV(targets[].error)
+      type: dict
+      contains:
+        warn:
+          description: From here on the state of the pool is V(warn).
+          type: int
+        critical:
+          description: From here on it is V(critical).
+          type: int
     main:
       description: The protected device.
       returned: unless there is an RV(targets[].error)
@@ -170,12 +185,50 @@ targets:
         free_chunks:
           description: Number of chunks that it can still take.
           type: int
+        used_chunks:
+          description: Number of chunks that it holds.
+          type: int
+        bad_chunks:
+          description: Number of its chunks that are known to be bad, and hold nothing.
+          type: int
+        reserved_chunks:
+          description: Number of chunks that a copy of the metadata takes, beside those above.
+          type: int
+        score:
+          description: Its health from 0 to 100, 100 where nothing is known.
+          type: float
         copies_damaged:
           description: Whether some of its copies of the metadata are damaged or cannot be read.
           type: bool
         stale:
           description: Whether its metadata is of an older generation than the target's.
           type: bool
+    pool:
+      description: The room on all spares that are there, in chunks.
+      returned: unless there is an RV(targets[].error)
+      type: dict
+      contains:
+        state:
+          description: V(ok), V(warn), V(critical), or V(full) when no chunk is free.
+          type: str
+        filled_percent:
+          description: Share of the chunks that are used or bad.
+          type: float
+        chunks:
+          description: Number of chunks that the spares can hold, bad ones included.
+          type: int
+        free_chunks:
+          description: Number of chunks that they can still take.
+          type: int
+        used_chunks:
+          description: Number of chunks that they hold.
+          type: int
+        bad_chunks:
+          description: Number of chunks that are known to be bad, and hold nothing.
+          type: int
+        reserved_chunks:
+          description: Number of chunks that copies of the metadata take, beside those above.
+          type: int
     remapped_chunks:
       description: Number of chunks that are on spares.
       returned: unless there is an RV(targets[].error)
@@ -227,7 +280,7 @@ targets:
       type: list
       elements: str
     warnings:
-      description: What is wrong with the copies of the metadata.
+      description: What is wrong with the copies of the metadata, and how full the spares are.
       returned: unless there is an RV(targets[].error)
       type: list
       elements: str
@@ -236,6 +289,14 @@ targets:
       device: /dev/mapper/data
       generation: 8
       remapped_chunks: 1
+      pool:
+        state: ok
+        filled_percent: 0.1
+        chunks: 848
+        free_chunks: 847
+        used_chunks: 1
+        bad_chunks: 0
+        reserved_chunks: 8
       lost: []
       table:
         - 0 123392 linear main 0

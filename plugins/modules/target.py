@@ -73,6 +73,34 @@ options:
       - A new target gets V(none) if this is not given.
     type: str
     choices: [none, raid, auto]
+  allocation:
+    description:
+      - Which spare gets the next chunk. Runs of chunks are kept together by each of them, and a
+        chunk goes next to its remapped neighbour where there is room.
+      - V(first_fit) fills the spares in their order, V(balanced) takes the one with the largest
+        share of free chunks, and V(health) the one with the best score, never another one while
+        that has room.
+      - It can be changed at any time, and counts for chunks that are remapped from then on.
+      - A new target gets V(first_fit) if this is not given, and an existing one keeps what it has.
+    type: str
+    choices: [first_fit, balanced, health]
+  thresholds:
+    description:
+      - How full the spares may get before it is warned of, in whole percents of their chunks, bad
+        ones included, from 1 to 100.
+      - What is not given stays as it is.
+    type: dict
+    suboptions:
+      warn:
+        description:
+          - From here on is warned. Not above O(thresholds.critical).
+          - A new target gets V(80).
+        type: int
+      critical:
+        description:
+          - From here on the state is critical.
+          - A new target gets V(95).
+        type: int
   wipe:
     description:
       - Allow spares that hold a filesystem, a partition table or anything else, which is erased.
@@ -127,7 +155,7 @@ EXAMPLES = r"""
   check_mode: true
   diff: true
 
-- name: Let errors of an NVMe disk wait for their cure too, and see what that changes
+- name: Hold the errors of an NVMe disk too, and see what that changes
   dm_remap.storage.target:
     name: data
     main: /dev/disk/by-id/nvme-EXAMPLE_MAIN
@@ -135,6 +163,18 @@ EXAMPLES = r"""
     on_error: hold
     shim: auto
   diff: true
+
+- name: Fill both spares evenly, and warn early
+  dm_remap.storage.target:
+    name: data
+    main: /dev/disk/by-id/ata-EXAMPLE_MAIN
+    spares:
+      - /dev/disk/by-id/ata-EXAMPLE_SPARE_1
+      - /dev/disk/by-id/ata-EXAMPLE_SPARE_2
+    allocation: balanced
+    thresholds:
+      warn: 60
+      critical: 85
 
 - name: Remove a target that has no remaps; the main is as it was
   dm_remap.storage.target:
@@ -187,6 +227,11 @@ def main() -> None:
             "chunk_size": {"type": "str"},
             "on_error": {"type": "str", "choices": ["hold", "fail"]},
             "shim": {"type": "str", "choices": ["none", "raid", "auto"]},
+            "allocation": {"type": "str", "choices": ["first_fit", "balanced", "health"]},
+            "thresholds": {
+                "type": "dict",
+                "options": {"warn": {"type": "int"}, "critical": {"type": "int"}},
+            },
             "wipe": {"type": "bool", "default": False},
             "discard_remaps": {"type": "bool", "default": False},
             "state": {"type": "str", "choices": ["present", "absent"], "default": "present"},
@@ -238,6 +283,7 @@ def request_from(module: AnsibleModule) -> Request:
                 device=params["name"],
                 remedy="use a power of two from 4K to 1M",
             ) from error
+    thresholds = params["thresholds"] or {}
     return Request(
         name=params["name"],
         main=params["main"],
@@ -247,6 +293,9 @@ def request_from(module: AnsibleModule) -> Request:
         shim=params["shim"],
         wipe=params["wipe"],
         discard_remaps=params["discard_remaps"],
+        allocation=params["allocation"],
+        warn=thresholds.get("warn"),
+        critical=thresholds.get("critical"),
     )
 
 

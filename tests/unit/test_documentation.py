@@ -6,17 +6,20 @@
 from __future__ import annotations
 
 import ast
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
+from ansible.module_utils.common.arg_spec import ArgumentSpecValidator
 
 from dm_remap.engine import RemappedChunk, RemapReport
 from dm_remap.format import Extent, LostRange
-from dm_remap.planner import Plan
+from dm_remap.planner import Plan, Request, plan_present
 from dm_remap.report import describe_remap, describe_target
-from tests.unit.test_planner import active, created
+from plugins.modules import target as target_module
+from tests.unit.test_planner import REQUEST, active, blank, created
 
 ROOT = Path(__file__).resolve().parents[2]
 MODULES = sorted(path.stem for path in (ROOT / "plugins" / "modules").glob("[!_]*.py"))
@@ -63,6 +66,52 @@ def test_every_key_of_a_remap_is_documented() -> None:
     chunk = RemappedChunk(3, 384, 128, 0, 7, 120, 5, [(390, 2)])
     report = RemapReport(Plan("data", after={"generation": 4}), [chunk])
     check_keys(documented, describe_remap(report), "sectors")
+
+
+class Module:
+    """What a module's code needs of AnsibleModule."""
+
+    def __init__(self, params: dict[str, Any]) -> None:
+        self.params = params
+
+
+def arguments_of(given: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """The arguments of a task as the module `target` gets them from Ansible."""
+    taken: list[dict[str, Any]] = []
+
+    class Taken(Exception):
+        pass
+
+    def take(argument_spec: dict[str, Any], **_rules: Any) -> None:
+        taken.append(argument_spec)
+        raise Taken
+
+    monkeypatch.setattr(target_module, "AnsibleModule", take)
+    with pytest.raises(Taken):
+        target_module.main()
+    result = ArgumentSpecValidator(taken[0]).validate(given)
+    assert not result.error_messages
+    return dict(result.validated_parameters)
+
+
+def test_the_examples_of_targets_can_be_planned(monkeypatch: pytest.MonkeyPatch) -> None:
+    planned = {}
+    for task in text("target", "EXAMPLES"):
+        given = arguments_of(task["dm_remap.storage.target"], monkeypatch)
+        if given["state"] == "present":
+            request = asdict(target_module.request_from(Module(given)))
+            here = {"name": REQUEST.name, "main": REQUEST.main, "spares": REQUEST.spares}
+            planned[task["name"]] = plan_present(Request(**{**request, **here}), blank())
+    plan = planned.pop("Fill both spares evenly, and warn early")
+    assert plan.metadata is not None
+    assert plan.metadata.config["allocation"] == "balanced"
+    assert plan.metadata.config["thresholds"] == {"warn": 60, "critical": 85}
+    held = planned.pop("Hold the errors of an NVMe disk too, and see what that changes")
+    assert held.metadata is not None
+    assert held.metadata.config["on_error"] == "hold"
+    assert len(planned) == 2
+    for other in planned.values():
+        assert other.after["config"]["allocation"] == "first_fit"
 
 
 @pytest.mark.parametrize("module", MODULES)

@@ -18,8 +18,8 @@ from typing import Any
 
 import pytest
 
+from dm_remap import copies, planner
 from dm_remap import engine as engine_module
-from dm_remap import planner
 from dm_remap.devmapper import Segment
 from dm_remap.engine import Engine, RemapReport
 from dm_remap.errors import DmRemapError, Refused, StaleGeneration
@@ -403,6 +403,52 @@ def test_sectors_beside_the_target_change_nothing(target: Scene, wrong: tuple[in
     assert writes == []
 
 
+def test_policies_change_on_an_active_target_and_in_an_activation(tmp_path: Path) -> None:
+    target = make_scene(tmp_path, spares=2)
+    target.create()
+    target.spoil(41)
+    target.remap((40, 1))
+    balanced = replace(target, request=replace(target.request, allocation="balanced"))
+    assert balanced.create() == ["update_config"]
+    assert balanced.create() == []
+    balanced.check()
+    report = balanced.remap((80, 1))
+    assert [chunk.spare for chunk in report.chunks] == [1]
+    assert report.generation == 4
+    balanced.app.flush(balanced.kernel)
+    balanced.kernel.cut_power([])
+    early = replace(balanced, request=replace(balanced.request, critical=90, warn=1))
+    assert early.create() == ["activate_spare"] * 2 + ["create_target", "update_config"]
+    early.check(power_cut=True)
+    config = early.engine().require(NAME).metadata.config
+    assert config["allocation"] == "balanced"
+    assert config["thresholds"] == {"warn": 1, "critical": 90}
+    names = [path.name for path in (early.folder / "backup").glob("*/*")]
+    assert f"{5:020d}.slot" in names
+
+
+def test_a_place_that_will_not_do_is_replaced_as_the_policy_has_it(tmp_path: Path) -> None:
+    """The sick spare is not used, though it is the first one."""
+    target = make_scene(tmp_path, spares=2)
+    target.request = replace(target.request, allocation="health")
+    target.create()
+    engine = target.engine()
+    old = engine.require(NAME).metadata
+    sick = old.successor(1, health={"spares": {old.config["spares"][0]["uuid"]: {"score": 0}}})
+    with contextlib.ExitStack() as stack:
+        blocks = Process(target.kernel).blocks
+        members = {
+            index: stack.enter_context(blocks.BlockDevice(path, writable=True))
+            for index, path in enumerate(target.request.spares)
+        }
+        copies.commit(members, old, sick)
+    geometry = geometry_of(sick, 1)
+    target.spares[1].unwritable = set(range(geometry.chunk_sector(0), geometry.chunk_sector(1)))
+    report = target.remap((40, 1))
+    assert [(chunk.spare, chunk.spare_chunk) for chunk in report.chunks] == [(1, 1)]
+    target.check()
+
+
 def test_backups_are_kept_of_every_generation(target: Scene) -> None:
     for chunk in range(20):
         target.remap((chunk * CHUNK, 1))
@@ -733,6 +779,42 @@ def test_a_crash_anywhere_in_a_creation(tmp_path: Path, spares: int, power_cut: 
             again.create()
             again.check(power_cut, why=crash.label)
             assert again.generation() == 1
+
+
+@pytest.mark.parametrize("spares", [1, 2])
+@pytest.mark.parametrize("power_cut", [False, True], ids=["killed", "power cut"])
+def test_a_crash_anywhere_in_a_change_of_policies(
+    tmp_path: Path, spares: int, power_cut: bool
+) -> None:
+    target = make_scene(tmp_path, spares)
+    target.create()
+    target.spoil(41)
+    target.remap((40, 1))
+    target.app.flush(target.kernel)
+    changing = replace(target, request=replace(target.request, allocation="balanced", warn=10))
+    crashes = record(changing, changing.create)
+    assert len(crashes) > 15
+    found: list[int] = []
+    for crash in crashes:
+        choices = survivals(crash.kernel.volatile(), crash.label) if power_cut else [[]]
+        for survivors in choices:
+            again = changing.at(crash.kernel.clone(), crash.app.clone())
+            if power_cut:
+                again.kernel.cut_power(survivors)
+            # Without the options, what was stored by then stays.
+            unchanged = replace(again, request=target.request)
+            unchanged.create()
+            unchanged.check(power_cut, why=crash.label)
+            found.append(unchanged.generation())
+            metadata = unchanged.engine().require(NAME).metadata
+            assert (metadata.config["allocation"] == "balanced") == (found[-1] == 3), crash.label
+            again.create()
+            again.check(power_cut, why=crash.label)
+            metadata = again.engine().require(NAME).metadata
+            assert metadata.generation == 3, crash.label
+            assert metadata.config["allocation"] == "balanced", crash.label
+            assert metadata.config["thresholds"] == {"warn": 10, "critical": 95}, crash.label
+    assert set(found) == {2, 3}
 
 
 @pytest.mark.parametrize("power_cut", [False, True], ids=["killed", "power cut"])

@@ -19,6 +19,7 @@ from dm_remap.extents import (
     find,
     merge,
     merge_sectors,
+    runs,
 )
 from dm_remap.format import Extent
 
@@ -122,3 +123,10 @@ def test_merged_ranges_hold_the_same_sectors_and_never_touch(items: list[tuple[i
     assert as_sectors(merged) == as_sectors(items)
     ends = [start + count for start, count in merged]
     assert all(end < start for end, (start, _count) in zip(ends, merged[1:]))
+
+
+@given(st.sets(st.integers(0, 40)))
+def test_runs_are_the_numbers_and_do_not_touch(numbers: set[int]) -> None:
+    found = runs(sorted(numbers))
+    assert [n for first, count in found for n in range(first, first + count)] == sorted(numbers)
+    assert all(sum(before) < after[0] for before, after in zip(found, found[1:]))

@@ -19,7 +19,14 @@ from dm_remap.copies import FailedCopy, NewerFormat, Survey
 from dm_remap.devmapper import MappedDevice, Segment
 from dm_remap.errors import DmRemapError, Refused, StaleGeneration
 from dm_remap.extents import merge
-from dm_remap.format import Diagnosis, Extent, LostRange, Metadata, minimum_spare_sectors
+from dm_remap.format import (
+    Diagnosis,
+    Extent,
+    LostRange,
+    Metadata,
+    geometry_of,
+    minimum_spare_sectors,
+)
 from dm_remap.planner import (
     Action,
     ActiveSpare,
@@ -748,3 +755,110 @@ def test_full_spares() -> None:
 def test_a_remap_first_does_the_upkeep() -> None:
     plan = plan_remap(with_fault(active(frozen=True), Diagnosis.SEQUENCE), [(0, 1)])
     assert kinds(plan) == ["repair_metadata", "thaw", "remap_chunk", "commit_metadata"]
+
+
+# Policies
+
+
+def with_config(metadata: Metadata, **changes: Any) -> Metadata:
+    """The next generation, with other values in its configuration; None takes one out."""
+    config = {key: value for key, value in {**metadata.config, **changes}.items() if value}
+    return metadata.successor(2, config=config)
+
+
+def test_a_new_target_has_policies() -> None:
+    assert created().config["allocation"] == "first_fit"
+    assert created().config["thresholds"] == {"warn": 80, "critical": 95}
+    asked = replace(REQUEST, allocation="health", critical=90)
+    plan = plan_present(asked, blank(), numbered_uuids())
+    assert plan.metadata is not None
+    assert plan.metadata.config["allocation"] == "health"
+    assert plan.metadata.config["thresholds"] == {"warn": 80, "critical": 90}
+    assert plan.after["config"]["allocation"] == "health"
+    assert plan.after["config"]["thresholds"] == {"warn": 80, "critical": 90}
+
+
+@pytest.mark.parametrize("running", [True, False])
+def test_a_change_of_policies_is_a_generation_with_nothing_else(running: bool) -> None:
+    old = with_config(created(Extent(3, 2, 0, 0)), thresholds={"warn": 70, "later": [1]}, new="x")
+    seen = seen_active(active(old)) if running else marked(old)
+    asked = replace(REQUEST, allocation="balanced", critical=90)
+    plan = plan_present(asked, seen)
+    changed = {
+        "allocation": "balanced",
+        "thresholds": {"warn": 70, "critical": 90, "later": [1]},
+    }
+    assert plan.actions[-1] == Action("update_config", NAME, {"generation": 4, **changed})
+    assert kinds(plan).count("update_config") == 1
+    assert plan.metadata == replace(old, generation=4, config={**old.config, **changed})
+    assert plan.after["generation"] == 4
+    assert plan.after["config"]["thresholds"] == {"warn": 70, "critical": 90}
+    assert plan.after["table"] == plan_upkeep(active(old)).after["table"]
+    if running:
+        assert plan.before == plan_upkeep(active(old)).before
+        assert len(plan.actions) == 1
+    done = plan.metadata.successor(3)
+    assert plan_present(asked, seen_active(active(done))).actions == ()
+    assert plan_present(REQUEST, seen_active(active(done))).actions == ()
+
+
+def test_old_metadata_has_the_default_policies_without_a_change() -> None:
+    old = with_config(created(), allocation=None, thresholds=None)
+    assert "thresholds" not in old.config
+    asked = replace(REQUEST, allocation="first_fit", warn=80, critical=95)
+    assert plan_present(asked, seen_active(active(old))).actions == ()
+    assert plan_upkeep(active(old)).after["config"]["thresholds"] == {"warn": 80, "critical": 95}
+
+
+def test_a_repair_comes_before_a_change_of_policies() -> None:
+    target = with_fault(active(frozen=True), Diagnosis.MAGIC)
+    plan = plan_present(replace(REQUEST, warn=50), seen_active(target))
+    assert kinds(plan) == ["repair_metadata", "thaw", "update_config"]
+
+
+@pytest.mark.parametrize("seen", [blank(), marked(), seen_active(active())])
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"allocation": "best"}, "data: allocation 'best' is not known"),
+        ({"warn": 96}, "data: thresholds warn 96 and critical 95 are not possible"),
+        ({"warn": 0}, "warn 0 and critical 95"),
+        ({"critical": 101}, "critical 101"),
+    ],
+)
+def test_wrong_policies_are_refused(seen: Seen, wrong: dict[str, Any], message: str) -> None:
+    with pytest.raises(Refused, match=message):
+        plan_present(replace(REQUEST, **wrong), seen)
+
+
+def test_a_remap_goes_where_policy_scores_and_bad_places_let_it() -> None:
+    old = with_config(created(Extent(3, 1, 0, 0)), allocation="balanced")
+    first, second = (spare["uuid"] for spare in old.config["spares"])
+    assert plan_remap(active(old), [(0, 1)]).placed == (Extent(0, 1, 1, 0),)
+    health = {"spares": {first: {"score": 40}, second: {"score": 60, "bad_chunks": [0, 1]}}}
+    sick = replace(with_config(old, allocation="health"), health=health)
+    assert plan_remap(active(sick), [(0, 1)]).placed == (Extent(0, 1, 1, 2),)
+    assert plan_remap(active(sick), [(0, 1)], avoid=[(1, 2)]).placed == (Extent(0, 1, 1, 3),)
+
+
+def test_a_pool_that_fills_is_warned_of() -> None:
+    metadata = created()
+    room = sum(geometry_of(metadata, index).usable_chunks for index in (0, 1))
+    bad = list(range(geometry_of(metadata, 0).chunks))
+    uuids = [spare["uuid"] for spare in metadata.config["spares"]]
+    half = replace(metadata.successor(2), health={"spares": {uuids[0]: {"bad_chunks": bad}}})
+    limit = with_config(half, thresholds={"warn": 51, "critical": 60})
+    assert plan_upkeep(active(limit)).warnings == ()
+    # A hundredth of the spares is more than one chunk, so some remaps reach it.
+    count = 51 * room // 100 - room // 2 + 1
+    assert count <= 20
+    plan = plan_remap(active(limit), [(0, count * CHUNK)])
+    assert plan.warnings == (
+        f"data: the spares are filled to 51 % (warn), and {room // 2 - count} chunks of {room} "
+        "can still be remapped",
+    )
+    assert plan_present(replace(REQUEST, warn=50), seen_active(active(limit))).warnings
+    assert not plan_present(replace(REQUEST, warn=60), seen_active(active(limit))).warnings
+    lowered = with_config(half, thresholds={"warn": 50})
+    assert plan_upkeep(active(lowered)).warnings
+    assert not plan_present(replace(REQUEST, warn=60), seen_active(active(lowered))).warnings

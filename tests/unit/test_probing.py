@@ -71,6 +71,13 @@ def test_a_single_bad_sector_costs_two_failing_reads_at_most():
     assert len(disk.reads) == 2048 // STRIDE + STRIDE
 
 
+def test_large_reads_are_of_a_stride_whatever_the_unit_is():
+    for unit in (1, 8, 2 * STRIDE):
+        disk = FakeDisk()
+        probe(disk, [(0, 2048)], unit, always)
+        assert {count for _start, count in disk.reads} == {max(STRIDE, unit)}
+
+
 def test_the_first_error_number_is_told():
     assert probe(FakeDisk({5}, errno.ENODATA), [(0, 8)], 1, always).errno == errno.ENODATA
 

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 from dm_remap.engine import RemappedChunk, RemapReport
 from dm_remap.format import Diagnosis, Extent, LostRange, geometry_of
@@ -51,6 +52,37 @@ def test_spares_and_their_room() -> None:
     assert second["uuid"] == metadata.config["spares"][1]["uuid"]
     assert not first["copies_damaged"]
     assert not first["stale"]
+
+
+def test_the_room_of_the_pool() -> None:
+    metadata = created(Extent(3, 2, 0, 0), Extent(9, 1, 1, 4))
+    first, second = (spare["uuid"] for spare in metadata.config["spares"])
+    sick = replace(
+        metadata, health={"spares": {first: {"score": 7}, second: {"bad_chunks": [4, 5, 6]}}}
+    )
+    sick.config["thresholds"] = {"warn": 1, "critical": 100}
+    described = describe_target(active(sick))
+    assert json.loads(json.dumps(described)) == described
+    usable = geometry_of(metadata, 0).usable_chunks
+    reserved = len(geometry_of(metadata, 0).reserved_chunks)
+    assert described["allocation"] == "first_fit"
+    assert described["thresholds"] == {"warn": 1, "critical": 100}
+    assert described["pool"] == {
+        "state": "warn",
+        "filled_percent": round(500 / (2 * usable), 1),
+        "chunks": 2 * usable,
+        "free_chunks": 2 * usable - 5,
+        "used_chunks": 3,
+        "bad_chunks": 2,
+        "reserved_chunks": 2 * reserved,
+    }
+    keys = ("score", "free_chunks", "used_chunks", "bad_chunks", "reserved_chunks")
+    assert [tuple(spare[key] for key in keys) for spare in described["spares"]] == [
+        (7.0, usable - 2, 2, 0, reserved),
+        (100.0, usable - 3, 1, 2, reserved),
+    ]
+    (warning,) = described["warnings"]
+    assert warning.startswith("data: the spares are filled to")
 
 
 def test_damage_and_interruption_are_told() -> None:
