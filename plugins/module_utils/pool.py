@@ -63,16 +63,21 @@ def capacity(
         extents: remaps that exist.
         bad: pairs of spare index and chunk that are known to be bad.
     """
-    places = sorted((e.physical, e.length) for e in extents if e.spare == index)
+    places = [(extent.physical, extent.length) for extent in extents if extent.spare == index]
     used = sum(length for _first, length in places)
-    firsts = [first for first, _length in places]
-    unused = 0
-    for spare, chunk in set(bad):
-        if spare == index and geometry.holds(chunk):
-            position = bisect_right(firsts, chunk) - 1
-            unused += position < 0 or chunk >= sum(places[position])
+    known = {chunk for spare, chunk in bad if spare == index and geometry.holds(chunk)}
+    # A bad chunk that is in use counts as used.
+    unused = len(known) - _count_inside(known, places) if known else 0
     total = geometry.usable_chunks
     return Capacity(total, total - used - unused, used, unused, len(geometry.reserved_chunks))
+
+
+def _count_inside(chunks: Iterable[int], places: Iterable[tuple[int, int]]) -> int:
+    """How many of the chunks are in one of the places (first, length), which are apart."""
+    ordered = sorted(places)
+    firsts = [first for first, _length in ordered]
+    below = ((chunk, bisect_right(firsts, chunk) - 1) for chunk in chunks)
+    return sum(at >= 0 and chunk < sum(ordered[at]) for chunk, at in below)
 
 
 def capacities(

@@ -137,7 +137,7 @@ class Salvage:
 
 
 class Unfinished(DmRemapError):
-    """Not every block was tried; ``partial`` is what was read, to resume with."""
+    """A salvage that stopped early; ``partial`` is what was read, to resume with."""
 
     def __init__(self, message: str, partial: Salvage, device: str, remedy: str) -> None:
         super().__init__(message, device=device, remedy=remedy)

@@ -308,7 +308,7 @@ def test_a_readable_chunk_moves_with_its_data(target: Scene) -> None:
 
 
 def test_a_weak_sector_is_saved(target: Scene) -> None:
-    # It fails as a part of 8, 4, 2 and 1 sectors.
+    # It fails as a part of 8 and of 2 sectors, alone, and on one retry.
     target.spoil(43, failures=4)
     report = target.remap((43, 1))
     chunk = report.chunks[0]

@@ -228,6 +228,32 @@ def test_a_run_joins_both_neighbours_as_far_as_there_is_room() -> None:
     assert [extent.physical for extent in placed] == [3, 10, 11, 8]
 
 
+def test_the_shortest_lower_gap_that_is_long_enough_is_filled() -> None:
+    spares = {0: geometry(12, range(11, 12))}
+    remaps = [Extent(90, 1, 0, 4), Extent(93, 1, 0, 8), Extent(96, 1, 0, 10)]
+    for count, first in ((1, 9), (2, 5), (3, 5), (4, 0)):
+        placed = allocate(range(count), spares, remaps)
+        assert [extent.physical for extent in placed] == [*range(first, first + count)]
+
+
+def test_a_bad_place_within_an_extent_frees_nothing_of_it() -> None:
+    spares = {0: geometry(8, range(7, 8))}
+    placed = allocate([1], spares, [Extent(90, 6, 0, 0)], avoid=[(0, 2)])
+    assert placed == [Extent(1, 1, 0, 6)]
+    assert capacity(spares[0], 0, [Extent(90, 6, 0, 0)], [(0, 2), (0, 6)]) == Capacity(
+        7, 0, 6, 1, 1
+    )
+
+
+@pytest.mark.parametrize("chunk", [9, 11])
+def test_a_neighbour_on_a_sick_spare_does_not_count(chunk: int) -> None:
+    spares = {0: geometry(12, range(11, 12)), 1: geometry(12, range(11, 12))}
+    remaps = [Extent(10, 1, 0, 5)]
+    for scores, spare in (({0: 0}, 1), ({1: 99}, 0)):
+        (placed,) = allocate([chunk], spares, remaps, policy=pool.HEALTH, scores=scores)
+        assert placed.spare == spare
+
+
 @given(cases(), st.data())
 def test_no_spare_is_used_while_a_healthier_one_has_room(case: Case, data: st.DataObject) -> None:
     chosen = case.place(wanted_of(case, data), pool.HEALTH)
