@@ -33,6 +33,8 @@ from .tracing import TraceInstance
 SOCKET = os.path.join(LOCK_DIR, "healer.sock")
 
 _MCL_CURRENT, _MCL_FUTURE = 1, 2
+# Any real-time priority is above all that has none.
+_PRIORITY = 10
 
 log = logging.getLogger("dm-remap-healer")
 
@@ -132,6 +134,16 @@ def _logging() -> Iterator[None]:
         listener.stop()
 
 
+def _come_first() -> None:
+    """Stay in memory, and run before all that waits for this process, as multipathd does."""
+    # A page of this process may be on the disk that waits for it.
+    ctypes.CDLL(None, use_errno=True).mlockall(_MCL_CURRENT | _MCL_FUTURE)
+    try:
+        os.sched_setscheduler(0, os.SCHED_RR, os.sched_param(_PRIORITY))
+    except OSError as error:
+        log.warning("runs without real-time priority: %s", error.strerror)
+
+
 def main() -> int:
     """Heal until SIGTERM or SIGINT; returns the exit status."""
     with _logging(), wake_up() as (stop, wake):
@@ -142,8 +154,7 @@ def main() -> int:
             engine.check_host()
             reports = Reports()
             ReportServer(reports)
-            # A page of this process may be on the disk that waits for it.
-            ctypes.CDLL(None, use_errno=True).mlockall(_MCL_CURRENT | _MCL_FUTURE)
+            _come_first()
             reflex = Reflex(engine, TraceInstance(name=INSTANCE), reports.add)
             reflex.run(stop, lambda: notify("READY=1"))
         except DmRemapError as error:
