@@ -16,6 +16,8 @@ from tests.lab import Disk, Machine
 from tests.vm.guest import PLACE, Guest
 
 Row = tuple[str, list[float], float]
+PARTS = ("measure", "stack")
+REMAPS = 10_000
 
 
 def main() -> int:
@@ -23,20 +25,54 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="make bench", description=__doc__)
     parser.add_argument("--image", default="debian-12", help="the guest: debian-12 or debian-13")
     parser.add_argument("--rounds", type=int, default=20, help="remaps and commits to measure")
+    parser.add_argument(
+        "--only", choices=PARTS, action="append", help="measure this part only; may be repeated"
+    )
+    parser.add_argument("--seconds", type=int, default=2, help="length of each load of the stack")
     parser.add_argument("--json", action="store_true", help="print what was measured as JSON")
     arguments = parser.parse_args()
     disks = [Disk("main", size="256M"), Disk("spare", size="256M")]
-    with Machine(image=arguments.image, disks=disks) as machine:
+    parts = arguments.only or PARTS
+    found: dict[str, Any] = {}
+    with Machine(image=arguments.image, disks=disks, memory_mb=1536) as machine:
         guest = Guest(machine)
-        machine.put(Path(__file__).with_name("measure.py"), f"{PLACE}/programs/measure.py")
-        found = guest.call(
-            "measure",
-            main=guest.path("main"),
-            spare=guest.path("spare"),
-            rounds=arguments.rounds,
-        )
-    print(json.dumps(found) if arguments.json else "\n".join(report(found)))
+        here = Path(__file__).parent
+        for name in PARTS:
+            machine.put(here / f"{name}.py", f"{PLACE}/programs/{name}.py")
+        if "measure" in parts:
+            found["measure"] = guest.call(
+                "measure",
+                main=guest.path("main"),
+                spare=guest.path("spare"),
+                rounds=arguments.rounds,
+            )
+        if "stack" in parts:
+            found["stack"] = guest.call(
+                "stack",
+                rounds=max(1, arguments.rounds // 7),
+                seconds=arguments.seconds,
+                remaps=REMAPS,
+            )
+    if arguments.json:
+        print(json.dumps(found))
+        return 0
+    for name, lines in (("measure", report), ("stack", report_stack)):
+        if name in found:
+            print("\n".join(lines(found[name])))
     return 0
+
+
+def report_stack(found: dict[str, Any]) -> list[str]:
+    """The table of the stack's cost, as lines."""
+    lines = [f"Linux {found['kernel']}: operations a second of 4 KiB, as a ratio to the bare disk"]
+    for latency, forms in found["latencies"].items():
+        loads = list(next(iter(forms.values())))
+        lines += ["", f"A disk with a latency of {latency}; medians, {REMAPS} remaps where said"]
+        lines.append(f"{'':<16}" + "".join(f"{load:>14}" for load in loads))
+        for form, results in forms.items():
+            cells = "".join(f"{statistics.median(results[load]):>14.3f}" for load in loads)
+            lines.append(f"{form:<16}{cells}")
+    return lines
 
 
 def report(found: dict[str, Any]) -> list[str]:
