@@ -19,16 +19,16 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from typing import IO, Any, Protocol
 
-from . import blockdev, copies, extents, mapping, planner, pool, stack
+from . import blockdev, copies, extents, mapping, planner, stack
 from .blockdev import SECTOR_BYTES, DeviceInfo
 from .devmapper import DeviceMapper, MappedDevice, Segment, check_name
-from .errors import DmRemapError, Refused
+from .errors import DmRemapError, Refused, count_of
 from .events import hashed_machine_id, intersect_ranges
 from .format import Extent, Geometry, Metadata, geometry_of, pack_slot, spare_uuid_of
 from .freezing import FREEZE_SECONDS, Freezer, held_chunks, is_parked
 from .planner import ActiveSpare, ActiveTarget, Candidate, Plan, Request, Seen
 from .probing import MEDIUM_ERRORS, answers
-from .salvage import Outcome, Patience, Salvage, salvage
+from .salvage import Outcome, Patience, Salvage, begin, salvage
 
 LOCK_DIR = "/run/dm-remap"
 BACKUP_DIR = "/var/lib/dm-remap/backup"
@@ -139,18 +139,36 @@ class Mapper(Protocol):
 class RemappedChunk:
     """What became of one chunk.
 
-    Sectors are counted in units of 512 bytes; ``lost`` holds first sector and count on the
-    target.
+    Sectors are counted in units of 512 bytes; ``lost`` and ``lost_before`` hold first sector and
+    count on the target.
+
+    Args:
+        chunk: its number on the target.
+        start: its first sector on the target.
+        count: its sectors.
+        spare: index of the spare that it is on now; None on main.
+        spare_chunk: its place there.
+        recovered_first_read: sectors that the first read saved.
+        recovered_on_retry: sectors that a later read saved.
+        lost: sectors that were lost now.
+        lost_before: sectors that were known to be lost, and still cannot be read.
+        origin: index of the spare that it came from; None from main.
+        moved: whether it moved at all.
+        reason: why it did not.
     """
 
     chunk: int
     start: int
     count: int
-    spare: int
-    spare_chunk: int
+    spare: int | None
+    spare_chunk: int | None
     recovered_first_read: int
     recovered_on_retry: int
     lost: list[tuple[int, int]]
+    lost_before: list[tuple[int, int]] = field(default_factory=list)
+    origin: int | None = None
+    moved: bool = True
+    reason: str = ""
 
 
 @dataclass
@@ -181,7 +199,12 @@ class RemapReport:
     @property
     def recovered(self) -> int:
         """Sectors whose data was saved."""
-        return sum(c.recovered_first_read + c.recovered_on_retry for c in self.chunks)
+        return sum(c.recovered_first_read + c.recovered_on_retry for c in self.chunks if c.moved)
+
+    @property
+    def staying(self) -> list[RemappedChunk]:
+        """Chunks that were to move and did not."""
+        return [chunk for chunk in self.chunks if not chunk.moved]
 
     @property
     def lost(self) -> list[tuple[int, int]]:
@@ -204,10 +227,11 @@ class Moved:
 
     Args:
         metadata: the generation afterwards.
-        chunks: what became of the chunks that were moved.
-        extents: where they are now, one extent each.
-        salvage_seconds: until all was read and is on the spares.
+        chunks: what became of the chunks that were to be moved.
+        extents: where those are now that moved to a spare, one extent each.
+        salvage_seconds: until all was read and is in its new place.
         pause_seconds: how long I/O to the chunks had to wait.
+        left_out: why a spare did not take the last generation, by its index.
     """
 
     metadata: Metadata
@@ -215,6 +239,7 @@ class Moved:
     extents: list[Extent]
     salvage_seconds: float
     pause_seconds: float
+    left_out: Mapping[int, str] = field(default_factory=dict)
 
     @property
     def lost(self) -> list[tuple[int, int]]:
@@ -222,22 +247,60 @@ class Moved:
         return [item for chunk in self.chunks for item in chunk.lost]
 
 
+@dataclass(frozen=True)
+class Route:
+    """Where a move may take chunks, and what it may read.
+
+    Args:
+        to_main: back to main, where the chunk's own data is the test.
+        avoid: indexes of spares that take none of them.
+        prefer: indexes of spares that take as many as they can.
+        discard: indexes of spares that are not read: what is there is lost.
+    """
+
+    to_main: bool = False
+    avoid: frozenset[int] = frozenset()
+    prefer: frozenset[int] = frozenset()
+    discard: frozenset[int] = frozenset()
+
+
+TO_SPARES = Route()
+
+
 @dataclass(eq=False)
 class _Work:
-    """A chunk on its way to a spare, whose extent is known when it has a place."""
+    """A chunk on its way, whose extent is known when it has a place.
+
+    Args:
+        chunk: its number on the target.
+        start: its first sector on the target.
+        length: its sectors.
+        salvage: what was read of it; its sectors are the source's.
+        source: where it is; None on main.
+        known: its sectors on the target that were lost before.
+        place: where it goes; None on main, or not known yet.
+    """
 
     chunk: int
     start: int
     length: int
     salvage: Salvage
+    source: Extent | None = None
+    known: list[tuple[int, int]] = field(default_factory=list)
     place: Extent | None = None
 
     @property
     def extent(self) -> Extent:
-        """Where the chunk goes."""
+        """The place on a spare that the chunk goes to."""
         if self.place is None:
             raise AssertionError("the chunk has no place yet")
         return self.place
+
+    @property
+    def lost(self) -> list[tuple[int, int]]:
+        """All its lost sectors on the target."""
+        shift = self.start - self.salvage.sector
+        return [(sector + shift, count) for sector, count in self.salvage.lost]
 
 
 class Engine:
@@ -272,6 +335,8 @@ class Engine:
         self._backup_dir = backup_dir
         self._guard = guard
         self._freezer = Freezer(self._mapper, self._step)
+        # Spares that did not take the last generation, by target.
+        self._left_out: dict[uuid.UUID, set[int]] = {}
 
     # Observation
 
@@ -815,21 +880,76 @@ class Engine:
             Refused: nothing was changed.
             DmRemapError: a step failed; the target is as its metadata says.
         """
+        return self._by_plan(
+            name,
+            lambda target, generation: planner.plan_remap(target, ranges, generation),
+            ranges,
+            expected_generation,
+            patience or Patience(),
+        )
+
+    def return_to_main(
+        self,
+        name: str,
+        ranges: Sequence[tuple[int, int]],
+        expected_generation: int | None = None,
+        patience: Patience | None = None,
+    ) -> RemapReport:
+        """Move every chunk that ``ranges`` touch from its spare to main; the caller holds the lock.
+
+        A chunk that has a sector which cannot be read, or whose place on main does not keep its
+        data, stays where it is; the report says why. The arguments and errors are those of `remap`.
+        """
+        return self._by_plan(
+            name,
+            lambda target, generation: self.plan_return(target, ranges, generation),
+            ranges,
+            expected_generation,
+            patience or Patience(),
+            Route(to_main=True),
+        )
+
+    def plan_return(
+        self,
+        target: ActiveTarget,
+        ranges: Sequence[tuple[int, int]],
+        expected_generation: int | None = None,
+    ) -> Plan:
+        """Plan the return of chunks to main, but for those with sectors that cannot be read."""
+        lost = extents.merge_sectors(self.lost_before(target, ranges))
+        return planner.plan_return(target, ranges, expected_generation, lost)
+
+    def _by_plan(
+        self,
+        name: str,
+        plan_for: Callable[[ActiveTarget, int | None], Plan],
+        ranges: Sequence[tuple[int, int]],
+        expected_generation: int | None,
+        patience: Patience,
+        route: Route = TO_SPARES,
+    ) -> RemapReport:
         begun = time.monotonic()
         target = self.require(name)
-        first = planner.plan_remap(target, ranges, expected_generation)
+        first = plan_for(target, expected_generation)
         upkeep = planner.plan_upkeep(target)
         self.apply(upkeep)
         _lock_memory()
         if upkeep.changes:
             target = self.require(name)
-        plan = planner.plan_remap(target, ranges)
+        plan = plan_for(target, None)
         lost_before = self.lost_before(target, ranges)
-        report = self._remap(target, plan, patience or Patience())
+        report = self._carry_out(target, plan, patience, route)
         report.plan = replace(
-            report.plan, before=first.before, actions=upkeep.actions + report.plan.actions
+            report.plan,
+            before=first.before,
+            actions=upkeep.actions + report.plan.actions,
+            warnings=(*first.warnings, *report.plan.warnings),
         )
         report.lost_before = lost_before
+        if route.to_main:
+            report.chunks = sorted(
+                [*report.chunks, *staying(target, lost_before)], key=lambda chunk: chunk.chunk
+            )
         report.seconds = time.monotonic() - begun
         return report
 
@@ -860,27 +980,42 @@ class Engine:
                 if not _reads(device, sector, block)
             ]
 
-    def _remap(self, target: ActiveTarget, plan: Plan, patience: Patience) -> RemapReport:
-        if not plan.placed:
+    def _carry_out(
+        self, target: ActiveTarget, plan: Plan, patience: Patience, route: Route
+    ) -> RemapReport:
+        chunks = [
+            action.details["chunk"]
+            for action in plan.actions
+            if action.kind in ("remap_chunk", "return_chunk")
+        ]
+        if not chunks:
             return RemapReport(planner.remap_actions(target, (), ()))
         self._check_freezing_names(target)
-        chunks = [extent.logical for extent in plan.placed]
         with contextlib.ExitStack() as opened:
-            disks = opened.enter_context(self.opened(target))
+            disks = opened.enter_context(self.opened(target, main_writable=route.to_main))
             events = opened.enter_context(self._mapper.events())
-            opened.enter_context(self._guarded(plan.name))
-            moved = self.move(target, disks, chunks, patience, events)
-        self.backup(moved.metadata)
+            opened.enter_context(self._guarded(target, disks))
+            moved = self.move(target, disks, chunks, patience, events, route=route)
+        if moved.metadata is not target.metadata:
+            self.backup(moved.metadata)
+        if route.to_main:
+            done = planner.return_actions(target, [c.chunk for c in moved.chunks if c.moved])
+        else:
+            done = planner.remap_actions(target, moved.extents, moved.lost)
         return RemapReport(
-            plan=planner.remap_actions(target, moved.extents, moved.lost),
+            plan=replace(done, warnings=tuple(moved.left_out.values())),
             chunks=moved.chunks,
             salvage_seconds=moved.salvage_seconds,
             pause_seconds=moved.pause_seconds,
         )
 
     @contextlib.contextmanager
-    def opened(self, target: ActiveTarget) -> Iterator[Disks]:
+    def opened(self, target: ActiveTarget, main_writable: bool = False) -> Iterator[Disks]:
         """Open what a move reads and writes.
+
+        Args:
+            target: the target.
+            main_writable: open main for a move to it.
 
         Raises:
             DmRemapError: a device cannot be opened, or no chunk is on main.
@@ -889,7 +1024,9 @@ class Engine:
             raise DmRemapError("its main is not known", device=target.name)
         with contextlib.ExitStack() as opened:
             yield Disks(
-                main=opened.enter_context(self._blocks.BlockDevice(target.main.path)),
+                main=opened.enter_context(
+                    self._blocks.BlockDevice(target.main.path, writable=main_writable)
+                ),
                 spares={
                     spare.index: opened.enter_context(
                         self._blocks.BlockDevice(self._blocks.node_of(spare.devno), writable=True)
@@ -909,61 +1046,159 @@ class Engine:
         patience: Patience,
         events: Any = None,
         wanted: Callable[[int, Salvage], bool] = lambda chunk, salvage: True,
+        route: Route = TO_SPARES,
     ) -> Moved:
-        """Move chunks from main to spares; the caller holds the lock.
+        """Move chunks from where they are to spares or to main; the caller holds the lock.
 
         Held I/O goes on as soon as the chunks are frozen, that to the chunks when they are moved.
 
         Args:
             target: the target, of whose chunks none is frozen.
-            disks: its open devices.
-            chunks: logical chunks that are on main.
+            disks: its open devices; main is writable for a move to it.
+            chunks: logical chunks, ascending; for a move to main they are on spares.
             patience: how hard to try to read failing blocks.
             events: what `DeviceMapper.events` gave, for a target that udev must be told about.
             wanted: says of a chunk that was read whether it is to be moved after all.
+            route: where the chunks may go.
 
         Raises:
             DmRemapError: a step failed; the chunks are where the metadata says.
         """
-        name, metadata = target.name, target.metadata
         begun = time.monotonic()
+        attempted: set[int] = set()
         try:
             # A salvage may take its budget twice over before what waits fails.
             seconds = max(FREEZE_SECONDS, 2 * patience.budget)
             self._freezer.freeze(target, chunks, seconds, events)
             self.release(target)
             works = []
+            lost = [(item.sector, item.count) for item in target.metadata.lost]
             for chunk in chunks:
-                works.append(self._salvage_chunk(metadata, name, chunk, disks.main, patience))
+                works.append(self._salvage_chunk(target, chunk, lost, disks, patience, route))
                 self._step("salvaged")
-            if target.main is None:
-                raise AssertionError("a target with chunks on main has a main")
-            _confirm_losses(disks.main, works, target.main)
+            _confirm_losses(target, disks, works, route)
             works = [work for work in works if wanted(work.chunk, work.salvage)]
-            salvage_seconds = time.monotonic() - begun
-            if works:
-                self._write_chunks(works, target, disks)
-                self._step("data_flushed")
-                salvage_seconds = time.monotonic() - begun
-                new = self._next(metadata, works)
-                copies.commit(disks.members, metadata, new, self._step)
-                self._step("committed")
-            else:
-                new = metadata
+            stay: dict[int, str] = {}
+            if route.to_main:
+                stay = self._write_to_main(works, disks.main)
+            moving = [work for work in works if work.chunk not in stay]
+            new, left_out, written = self._settle(moving, target, disks, route, attempted)
             self._freezer.thaw(target, new, chunks, events)
         except BaseException:
             # Only the metadata on the spares can say now where the chunks are.
-            self._end_freeze(name)
+            self._end_freeze(target.name, attempted)
             raise
         pause_seconds = time.monotonic() - begun
         self._freezer.park(target)
         return Moved(
             metadata=new,
-            chunks=[_report(work) for work in works],
-            extents=[work.extent for work in works],
-            salvage_seconds=salvage_seconds,
+            chunks=[_report(work, stay.get(work.chunk, "")) for work in works],
+            extents=[work.place for work in moving if work.place],
+            salvage_seconds=(written or time.monotonic()) - begun,
             pause_seconds=pause_seconds,
+            left_out=left_out,
         )
+
+    def _settle(
+        self,
+        works: Sequence[_Work],
+        target: ActiveTarget,
+        disks: Disks,
+        route: Route,
+        attempted: set[int],
+    ) -> tuple[Metadata, dict[int, str], float]:
+        """Write chunks to their places and commit these.
+
+        A spare that took data but not the commit has failed, and its chunks are settled once more
+        on others, if there is room: their data is still here.
+
+        Args:
+            works: the chunks.
+            target: where they belong.
+            disks: its open devices.
+            route: where they may go.
+            attempted: gets the indexes of spares that a commit was begun on.
+
+        Returns:
+            The generation, the spares that did not take it, and when the data was written.
+        """
+        new, left_out, written = target.metadata, dict[int, str](), 0.0
+        pending = list(works)
+        while pending:
+            if not route.to_main:
+                before = [work.place for work in pending]
+                try:
+                    self._write_chunks(pending, target, new, disks, route)
+                except DmRemapError:
+                    if new is target.metadata:
+                        raise
+                    for work, place in zip(pending, before):
+                        work.place = place
+                    break
+            self._step("data_flushed")
+            written = written or time.monotonic()
+            successor = self._next(new, works)
+            attempted |= set(disks.members)
+            left_out = self._commit(target, disks.members, new, successor)
+            new = successor
+            self._step("committed")
+            pending = [work for work in works if work.place and work.place.spare in left_out]
+            route = replace(route, avoid=route.avoid | set(left_out))
+        return new, left_out, written
+
+    def _commit(
+        self,
+        target: ActiveTarget,
+        members: Mapping[int, OpenDevice],
+        current: Metadata,
+        new: Metadata,
+    ) -> dict[int, str]:
+        """Commit to all spares; why some did not take it, by index.
+
+        Raises:
+            DmRemapError: none took it, or what is on one contradicts what is known.
+        """
+        behind = self._left_out.setdefault(new.target_uuid, set())
+        stale = behind | target.behind
+        done = copies.commit(members, current, new, self._step, stale & set(members))
+        left_out = {index: rewrite.left_out for index, rewrite in done.items() if rewrite.left_out}
+        behind.clear()
+        behind |= set(left_out)
+        for reason in left_out.values():
+            self._progress(f"a spare did not take generation {new.generation}: {reason}")
+        return left_out
+
+    def _write_to_main(self, works: Sequence[_Work], main: OpenDevice) -> dict[int, str]:
+        """Write chunks to their places on main and read them back, twice; why some failed there.
+
+        Nothing but the chunk's own data is ever written to main, so this is the test of the place
+        too.
+        """
+        failed = {}
+        for work in works:
+            if work.salvage.lost:
+                failed[work.chunk] = f"{_shown(work.lost)} cannot be read; write them first"
+        for _turn in range(2):
+            fit = [work for work in works if work.chunk not in failed]
+            for work in fit:
+                try:
+                    main.write(work.start, bytes(work.salvage.data))
+                except OSError as error:
+                    failed[work.chunk] = f"its place on main cannot be written: {error}"
+            try:
+                main.flush()
+            except OSError as error:
+                failed.update({work.chunk: f"main cannot be flushed: {error}" for work in fit})
+            for work in fit:
+                if work.chunk in failed:
+                    continue
+                try:
+                    if main.read(work.start, work.length) != work.salvage.data:
+                        failed[work.chunk] = "its place on main gives back other data"
+                except OSError as error:
+                    failed[work.chunk] = f"its place on main cannot be read: {error}"
+            self._step("main_written")
+        return failed
 
     def _check_freezing_names(self, target: ActiveTarget) -> None:
         for name in (stack.frozen_name(target.name), stack.place_name(target.name)):
@@ -976,25 +1211,51 @@ class Engine:
 
     def _salvage_chunk(
         self,
-        metadata: Metadata,
-        name: str,
+        target: ActiveTarget,
         chunk: int,
-        main: OpenDevice,
+        lost: Sequence[tuple[int, int]],
+        disks: Disks,
         patience: Patience,
+        route: Route,
     ) -> _Work:
+        metadata = target.metadata
         chunk_sectors = metadata.config["chunk_sectors"]
         block_sectors = metadata.config["block_sectors"]
         start = chunk * chunk_sectors
         length = min(chunk_sectors, metadata.config["main"]["sectors"] - start)
-        self._progress(f"salvage chunk {chunk} of {name}")
-        return _Work(
+        source = extents.place_of(metadata.extents, chunk)
+        sector = source.physical * chunk_sectors if source else start
+        self._progress(f"salvage chunk {chunk} of {target.name}")
+        known = intersect_ranges(lost, (start, length)) if source else []
+        work = _Work(
             chunk=chunk,
             start=start,
             length=length,
-            salvage=salvage(main, start, length, block_sectors, patience),
+            salvage=begin(
+                sector,
+                length,
+                block_sectors,
+                [(first + sector - start, count) for first, count in known],
+                patience,
+            ),
+            source=source,
+            known=known,
         )
+        if source and source.spare in route.discard:
+            work.salvage.outcomes = [Outcome.LOST] * len(work.salvage.outcomes)
+            return work
+        device = disks.spares[source.spare] if source else disks.main
+        salvage(device, sector, length, block_sectors, patience, resume=work.salvage)
+        return work
 
-    def _write_chunks(self, works: Sequence[_Work], target: ActiveTarget, disks: Disks) -> None:
+    def _write_chunks(
+        self,
+        works: Sequence[_Work],
+        target: ActiveTarget,
+        metadata: Metadata,
+        disks: Disks,
+        route: Route,
+    ) -> None:
         """Give the chunks places, write what was read of them, and flush.
 
         A place that is bad itself, or that has old data where a lost sector must read as an error
@@ -1004,18 +1265,21 @@ class Engine:
             Refused: the spares have too few free chunks.
             DmRemapError: no spare can be written.
         """
-        metadata = target.metadata
-        usable = planner.usable_geometries(target)
+        usable = {
+            index: geometry
+            for index, geometry in planner.usable_geometries(target).items()
+            if index not in route.avoid
+        }
         shunned: list[tuple[int, int]] = []
         faults: dict[int, OSError] = {}
         bad_places: Counter[int] = Counter()
         pending = list(works)
         while pending:
-            settled = [work.extent for work in works if work not in pending]
-            self._place_chunks(
-                pending, [*metadata.extents, *settled], target, usable, shunned, faults
-            )
-            dirty = []
+            unsettled = {work.chunk for work in pending}
+            settled = [work.extent for work in works if work.chunk not in unsettled]
+            taken = [*metadata.extents, *settled]
+            self._place_chunks(pending, taken, target, usable, shunned, faults, route.prefer)
+            dirty: set[int] = set()
             for work in pending:
                 index = work.extent.spare
                 if index not in usable:
@@ -1024,7 +1288,7 @@ class Engine:
                     _try_place(work, disks.members[index], usable[index])
                 except OSError as error:
                     faults[index] = error
-                    dirty.append(work)
+                    dirty.add(work.chunk)
                     shunned.append((index, work.extent.physical))
                     bad_places[index] += 1
                     if bad_places[index] == _BAD_PLACES or error.errno not in MEDIUM_ERRORS:
@@ -1032,7 +1296,7 @@ class Engine:
                     continue
                 try:
                     if not self._write_chunk(work, target, disks, usable[index]):
-                        dirty.append(work)
+                        dirty.add(work.chunk)
                         shunned.append((index, work.extent.physical))
                 except OSError as error:
                     faults[index] = error
@@ -1041,13 +1305,13 @@ class Engine:
                 try:
                     disks.spares[index].flush()
                     for work in pending:
-                        if work.extent.spare == index and work not in dirty:
+                        if work.extent.spare == index and work.chunk not in dirty:
                             _check_chunk(work, disks.spares[index], metadata)
                 except OSError as error:
                     faults[index] = error
                     usable.pop(index)
             # A spare that fails takes the chunks with it that it had taken before.
-            pending = [w for w in works if w in dirty or w.extent.spare not in usable]
+            pending = [w for w in works if w.chunk in dirty or w.extent.spare not in usable]
 
     def _place_chunks(
         self,
@@ -1057,9 +1321,11 @@ class Engine:
         usable: Mapping[int, Geometry],
         shunned: Sequence[tuple[int, int]],
         faults: Mapping[int, OSError],
+        prefer: Collection[int],
     ) -> None:
         try:
-            placed = pool.allocate([work.chunk for work in works], usable, taken, shunned)
+            chunks = [work.chunk for work in works]
+            placed = planner.choose_places(chunks, usable, taken, shunned, prefer)
         except Refused as error:
             for spare in target.spares:
                 if spare.index in faults:
@@ -1101,7 +1367,8 @@ class Engine:
 
     def _next(self, metadata: Metadata, works: Sequence[_Work]) -> Metadata:
         successor = metadata.successor(time.time_ns(), host_id=host_id())
-        return planner.with_remaps(successor, *_outcome(works))
+        moves = {work.chunk: work.place for work in works}
+        return planner.with_moves(successor, moves, [item for w in works for item in w.lost])
 
     def _open_members(
         self, stack: contextlib.ExitStack, spares: Mapping[int, DeviceInfo]
@@ -1112,11 +1379,12 @@ class Engine:
         }
 
     @contextlib.contextmanager
-    def _guarded(self, name: str) -> Iterator[None]:
-        """Keep a process that ends the freeze of target ``name`` if this one dies in the block.
+    def _guarded(self, target: ActiveTarget, disks: Disks) -> Iterator[None]:
+        """Keep a process that ends the freeze of the target if this one dies in the block.
 
         It has the target's lock too, so nobody else gets it before the freeze has ended.
         """
+        name = target.name
         if not self._guard:
             yield
             return
@@ -1130,7 +1398,7 @@ class Engine:
                 _lock_memory()
                 # The end of the pipe without a word is the end of the other process.
                 if not os.read(ours, 1):
-                    self._end_freeze(name)
+                    self._end_freeze(name, disks.members)
                 code = 0
             finally:
                 os._exit(code)
@@ -1156,34 +1424,56 @@ class Engine:
         except DmRemapError:
             return True
 
-    def _end_freeze(self, name: str) -> None:
-        """End a freeze that was interrupted, as the metadata on the spares has it."""
+    def _end_freeze(self, name: str, members: Collection[int] | None = None) -> None:
+        """End a freeze that was interrupted, as the metadata on the spares has it.
+
+        Args:
+            name: the target.
+            members: indexes of the spares that a commit may have been begun on; None for all.
+        """
         try:
             target = self.require(name)
             chunks = held_chunks(target)
             if not chunks:
                 self._freezer.park(target)
                 return
-            on_main = [c for c in chunks if extents.find(target.metadata.extents, c) is None]
-            if on_main and target.choice.missing:
+            hiding = [i for i in target.choice.missing if members is None or i in members]
+            if hiding:
                 # A newer generation may be there, and would later show the chunks' old data.
                 raise DmRemapError(
-                    f"spares {list(target.choice.missing)} cannot be read, and may have a newer "
-                    f"generation that says where chunks {on_main} are",
+                    f"spares {hiding} cannot be read, and may have a newer generation that says "
+                    f"where chunks {chunks} are",
                     device=name,
-                    remedy="attach the spares again; until then these chunks fail",
+                    remedy="attach the spares again, or remove them with discard_remaps: true; "
+                    "until then these chunks fail",
                 )
-            # A generation that was begun must be on all copies before its mapping is used.
-            upkeep = planner.plan_upkeep(target)
-            for action in upkeep.actions:
-                if action.kind == "repair_metadata":
-                    self._do_repair_metadata(upkeep, action)
+            # A generation that was begun must be durable before its mapping is used.
+            self._repair_all(target)
             with self._mapper.events() as events:
                 self._freezer.thaw(target, target.metadata, chunks, events)
             self._freezer.park(target)
         except BaseException:
             self._fail_frozen(name)
             raise
+
+    def _repair_all(self, target: ActiveTarget) -> None:
+        """Bring all spares to the chosen generation, or at least one.
+
+        Raises:
+            DmRemapError: no spare holds it whole.
+        """
+        upkeep = planner.plan_upkeep(target)
+        repairs = [action for action in upkeep.actions if action.kind == "repair_metadata"]
+        whole = len(target.spares) - len(repairs)
+        failed: DmRemapError | None = None
+        for action in repairs:
+            try:
+                self._do_repair_metadata(upkeep, action)
+                whole += 1
+            except copies.CommitFailed as error:
+                failed = error
+        if failed and not whole:
+            raise failed
 
     def _fail_frozen(self, name: str) -> None:
         device = self._existing(name)
@@ -1309,43 +1599,97 @@ def _reads(device: OpenDevice, sector: int, count: int) -> bool:
     return True
 
 
-def _confirm_losses(main: OpenDevice, works: Sequence[_Work], info: DeviceInfo) -> None:
+def _confirm_losses(
+    target: ActiveTarget, disks: Disks, works: Sequence[_Work], route: Route
+) -> None:
     """Believe in losses only on a disk that answers before and after one more read of each.
 
-    A disk or path that went away for a while fails reads like bad blocks do.
+    A disk or path that went away for a while fails reads like bad blocks do. What is known to be
+    lost is read here once: it may have been written since.
     """
-    _check_alive(main, works, info)
+    sources: dict[int | None, list[_Work]] = {}
     for work in works:
-        work.salvage.read_again(main)
-    _check_alive(main, works, info)
+        index = work.source.spare if work.source else None
+        if index not in route.discard:
+            sources.setdefault(index, []).append(work)
+    for index, some in sources.items():
+        device = disks.main if index is None else disks.spares[index]
+        _check_alive(target, index, device, some)
+        for work in some:
+            work.salvage.read_again(device)
+        _check_alive(target, index, device, some)
 
 
-def _check_alive(main: OpenDevice, works: Sequence[_Work], info: DeviceInfo) -> None:
+def _check_alive(
+    target: ActiveTarget, index: int | None, device: OpenDevice, works: Sequence[_Work]
+) -> None:
     lost = [item for work in works for item in work.salvage.lost]
-    if lost and not answers(main, lost, info.block_sectors):
+    # A spare's unwritten blocks read as EILSEQ.
+    fine = (0,) if index is None else (0, errno.EILSEQ)
+    if lost and not answers(device, lost, target.metadata.config["block_sectors"], fine):
+        path = target.main.path if target.main else target.name
+        if index is not None:
+            path = next(s.candidate.info.path for s in target.spares if s.index == index)
         raise DmRemapError(
             "reads fail everywhere, so it is the disk or its path and not a bad sector",
-            device=info.path,
+            device=path,
             remedy="check its cable, power and controller; nothing was changed",
         )
 
 
-def _outcome(works: Sequence[_Work]) -> tuple[list[Extent], list[tuple[int, int]]]:
-    """The new extents, and the sectors that are lost."""
-    return [work.extent for work in works], [item for w in works for item in w.salvage.lost]
-
-
-def _report(work: _Work) -> RemappedChunk:
+def _report(work: _Work, reason: str) -> RemappedChunk:
+    place = work.source if reason else work.place
     return RemappedChunk(
         chunk=work.chunk,
         start=work.start,
         count=work.length,
-        spare=work.extent.spare,
-        spare_chunk=work.extent.physical,
+        spare=place.spare if place else None,
+        spare_chunk=place.physical if place else None,
         recovered_first_read=work.salvage.count(Outcome.FIRST_READ),
         recovered_on_retry=work.salvage.count(Outcome.RETRY),
-        lost=work.salvage.lost,
+        lost=extents.without_sectors(work.lost, work.known),
+        lost_before=[item for piece in work.known for item in intersect_ranges(work.lost, piece)],
+        origin=work.source.spare if work.source else None,
+        moved=not reason,
+        reason=reason,
     )
+
+
+def staying(target: ActiveTarget, unreadable: Sequence[tuple[int, int]]) -> list[RemappedChunk]:
+    """The chunks that cannot return to main because sectors of them cannot be read."""
+    chunk_sectors = target.metadata.config["chunk_sectors"]
+    by_chunk: dict[int, list[tuple[int, int]]] = {}
+    for sector, count in unreadable:
+        by_chunk.setdefault(sector // chunk_sectors, []).append((sector, count))
+    found = []
+    for chunk, some in by_chunk.items():
+        lost = list(extents.merge_sectors(some))
+        place = extents.place_of(target.metadata.extents, chunk)
+        where = planner.where(target.metadata, chunk)
+        found.append(
+            RemappedChunk(
+                chunk=chunk,
+                start=where["start"],
+                count=where["count"],
+                spare=place.spare if place else None,
+                spare_chunk=place.physical if place else None,
+                recovered_first_read=0,
+                recovered_on_retry=0,
+                lost=[],
+                lost_before=lost,
+                origin=place.spare if place else None,
+                moved=False,
+                reason=f"{_shown(lost)} cannot be read; write them first",
+            )
+        )
+    return found
+
+
+def _shown(ranges: Sequence[tuple[int, int]]) -> str:
+    """Ranges of sectors in a sentence."""
+    first, more = ranges[0], len(ranges) - 1
+    text = f"sectors {first[0]}+{first[1]}"
+    return f"{text} and {count_of(more, 'more range')}" if more else text
 
 
 def _lock_memory() -> None:

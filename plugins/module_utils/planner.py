@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import uuid
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
@@ -109,6 +109,15 @@ class ActiveTarget:
     def spare_devnos(self) -> dict[int, str]:
         """Device numbers of the active spares' integrity devices, by index."""
         return {spare.index: spare.devno for spare in self.spares}
+
+    @property
+    def behind(self) -> set[int]:
+        """Indexes of active spares that do not carry the chosen generation."""
+        return {
+            spare.index
+            for spare in self.spares
+            if spare.candidate.info.path in self.choice.stale or spare.index in self.choice.missing
+        }
 
     @property
     def upper_main(self) -> str:
@@ -837,28 +846,94 @@ def plan_remap(
         Refused: a range is not on the target or cuts a block, or the spares are full.
     """
     metadata = target.metadata
-    name = target.device.name
+    chunks = [
+        chunk
+        for chunk in _chunks_asked(target, ranges, expected_generation)
+        if extents.find(metadata.extents, chunk) is None
+    ]
+    try:
+        placed = pool.allocate(chunks, usable_geometries(target), metadata.extents, avoid)
+    except Refused as error:
+        raise Refused(error.message, device=target.name, remedy=error.remedy) from error
+    upkeep = plan_upkeep(target)
+    plan = remap_actions(target, placed, ())
+    return replace(plan, actions=upkeep.actions + plan.actions, warnings=upkeep.warnings)
+
+
+def plan_return(
+    target: ActiveTarget,
+    ranges: Sequence[tuple[int, int]],
+    expected_generation: int | None = None,
+    unreadable: Sequence[tuple[int, int]] = (),
+) -> Plan:
+    """Plan the return to main of every chunk that ``ranges`` touch and that is on a spare.
+
+    Args:
+        target: the active target.
+        ranges: pairs of first sector and count on the target.
+        expected_generation: refuse unless the metadata is at this generation.
+        unreadable: sectors of the target that cannot be read now, sorted and apart; their chunks
+            stay where they are.
+
+    Raises:
+        StaleGeneration: the metadata is at another generation.
+        Refused: a range is not on the target or cuts a block, or main is not known.
+    """
+    chunk_sectors = target.metadata.config["chunk_sectors"]
+    staying = {start // chunk_sectors for start, _count in unreadable}
+    chunks = [
+        chunk
+        for chunk in _chunks_asked(target, ranges, expected_generation)
+        if extents.find(target.metadata.extents, chunk) and chunk not in staying
+    ]
+    if chunks and target.main is None:
+        raise Refused(
+            "has every chunk on spares, and its main is not known",
+            device=target.name,
+            remedy="remove the target from use and activate it again with the target module",
+        )
+    upkeep = plan_upkeep(target)
+    plan = return_actions(target, chunks)
+    return replace(plan, actions=upkeep.actions + plan.actions, warnings=upkeep.warnings)
+
+
+def return_actions(target: ActiveTarget, chunks: Sequence[int]) -> Plan:
+    """The plan that returns chunks from spares to main, without any upkeep."""
+    metadata = target.metadata
+    actions = []
+    for chunk in chunks:
+        place = extents.place_of(metadata.extents, chunk)
+        if place is None:
+            raise AssertionError("only chunks on spares return")
+        details = {**where(metadata, chunk), "spare": place.spare, "spare_chunk": place.physical}
+        actions.append(Action("return_chunk", target.name, details))
+    return _moving(target, actions, dict.fromkeys(chunks), ())
+
+
+def _chunks_asked(
+    target: ActiveTarget, ranges: Sequence[tuple[int, int]], expected_generation: int | None
+) -> list[int]:
+    metadata, name = target.metadata, target.name
     if expected_generation is not None and metadata.generation != expected_generation:
         raise StaleGeneration(
             f"is at generation {metadata.generation}, not {expected_generation}",
             device=name,
             remedy="look at the target again and decide anew",
         )
-    chunk_sectors = metadata.config["chunk_sectors"]
-    total = metadata.config["main"]["sectors"]
     _check_whole_blocks(name, ranges, metadata.config["block_sectors"])
     try:
-        chunks = [
-            chunk
-            for chunk in extents.chunks_of(ranges, chunk_sectors, total)
-            if extents.find(metadata.extents, chunk) is None
-        ]
-        placed = pool.allocate(chunks, usable_geometries(target), metadata.extents, avoid)
+        return extents.chunks_of(
+            ranges, metadata.config["chunk_sectors"], metadata.config["main"]["sectors"]
+        )
     except Refused as error:
         raise Refused(error.message, device=name, remedy=error.remedy) from error
-    upkeep = plan_upkeep(target)
-    plan = remap_actions(target, placed, ())
-    return replace(plan, actions=upkeep.actions + plan.actions, warnings=upkeep.warnings)
+
+
+def where(metadata: Metadata, chunk: int) -> dict[str, int]:
+    """The chunk's number, first sector and sectors; the target's last one may be short."""
+    start = chunk * metadata.config["chunk_sectors"]
+    left = metadata.config["main"]["sectors"] - start
+    return {"chunk": chunk, "start": start, "count": min(metadata.config["chunk_sectors"], left)}
 
 
 def remap_actions(
@@ -871,53 +946,95 @@ def remap_actions(
         placed: the new extents, of one chunk each.
         lost: pairs of first sector and count that are lost by it.
     """
-    metadata = target.metadata
-    name = target.device.name
-    chunk_sectors = metadata.config["chunk_sectors"]
-    total = metadata.config["main"]["sectors"]
-    spares = {spare.index: spare.candidate.info for spare in target.spares}
     actions = []
     for extent in placed:
-        start = extent.logical * chunk_sectors
-        actions.append(
-            Action(
-                "remap_chunk",
-                name,
-                {
-                    "chunk": extent.logical,
-                    "start": start,
-                    "count": min(chunk_sectors, total - start),
-                    "spare": extent.spare,
-                    "spare_chunk": extent.physical,
-                },
-            )
-        )
-    after = metadata
-    if placed:
-        after = with_remaps(replace(metadata, generation=metadata.generation + 1), placed, lost)
-        actions.append(Action("commit_metadata", name, {"generation": after.generation}))
+        details = {
+            **where(target.metadata, extent.logical),
+            "spare": extent.spare,
+            "spare_chunk": extent.physical,
+        }
+        actions.append(Action("remap_chunk", target.name, details))
+    moves: dict[int, Extent | None] = {extent.logical: extent for extent in placed}
+    return replace(_moving(target, actions, moves, lost), placed=tuple(placed))
+
+
+def _moving(
+    target: ActiveTarget,
+    actions: Sequence[Action],
+    moves: Mapping[int, Extent | None],
+    lost: Sequence[tuple[int, int]],
+) -> Plan:
+    """The plan with these actions, which move chunks, and one commit."""
+    metadata = after = target.metadata
+    spares = {spare.index: spare.candidate.info for spare in target.spares}
+    if moves:
+        after = with_moves(replace(metadata, generation=metadata.generation + 1), moves, lost)
+        commit = Action("commit_metadata", target.name, {"generation": after.generation})
+        actions = [*actions, commit]
     return Plan(
-        name=name,
+        name=target.name,
         actions=tuple(actions),
         before=_state(metadata, spares),
         after=_state(after, spares),
         metadata=metadata,
         main=target.main,
         spares=spares,
-        placed=tuple(placed),
     )
 
 
-def with_remaps(
-    metadata: Metadata, placed: Sequence[Extent], lost: Sequence[tuple[int, int]]
+def with_moves(
+    metadata: Metadata,
+    moves: Mapping[int, Extent | None],
+    lost: Sequence[tuple[int, int]],
 ) -> Metadata:
-    """The metadata with new extents and lost sectors (pairs of first sector and count)."""
-    known = [(item.sector, item.count) for item in metadata.lost]
+    """The metadata after chunks have moved.
+
+    Args:
+        metadata: before.
+        moves: the new place of each chunk, an extent of this one chunk, or None on main.
+        lost: all lost sectors of these chunks, as pairs of first sector and count.
+    """
+    chunk_sectors = metadata.config["chunk_sectors"]
+    known = extents.without_sectors(
+        [(item.sector, item.count) for item in metadata.lost],
+        [(chunk * chunk_sectors, chunk_sectors) for chunk in moves],
+    )
+    placed = [place for place in moves.values() if place]
     return replace(
         metadata,
-        extents=extents.merge([*metadata.extents, *placed]),
+        extents=extents.merge([*extents.without(metadata.extents, moves), *placed]),
         lost=tuple(LostRange(*item) for item in extents.merge_sectors([*known, *lost])),
     )
+
+
+def choose_places(
+    chunks: Sequence[int],
+    usable: Mapping[int, Geometry],
+    taken: Sequence[Extent],
+    avoid: Sequence[tuple[int, int]] = (),
+    prefer: Collection[int] = (),
+) -> list[Extent]:
+    """Choose a place for each chunk, on the preferred spares as long as they have room.
+
+    Args:
+        chunks: logical chunks, ascending.
+        usable: geometries of the spares that may be used, by index.
+        taken: the places in use.
+        avoid: pairs of spare index and chunk that must not be used.
+        prefer: indexes of spares.
+
+    Raises:
+        Refused: the spares have too few free chunks.
+    """
+    first = {index: geometry for index, geometry in usable.items() if index in prefer}
+    room = sum(
+        pool.capacity(geometry, index, taken).free for index, geometry in first.items()
+    ) - sum(index in first for index, _chunk in avoid)
+    split = max(0, min(room, len(chunks))) if first else 0
+    placed = pool.allocate(chunks[:split], first, taken, avoid) if split else []
+    if split == len(chunks):
+        return placed
+    return placed + pool.allocate(chunks[split:], usable, [*taken, *placed], avoid)
 
 
 def _check_whole_blocks(name: str, ranges: Sequence[tuple[int, int]], block_sectors: int) -> None:

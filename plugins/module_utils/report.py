@@ -15,7 +15,7 @@ from .format import geometry_of
 from .planner import SECTOR_BYTES, ActiveTarget, Plan, readable_table, shim_of, warnings_of
 
 if TYPE_CHECKING:
-    from .engine import RemapReport
+    from .engine import RemappedChunk, RemapReport
 
 
 def describe_target(target: ActiveTarget) -> dict[str, Any]:
@@ -73,12 +73,21 @@ def describe_remap(report: RemapReport) -> dict[str, Any]:
     """What a remap saved and lost; counts in sectors, durations in seconds."""
     return {
         "generation": report.generation,
-        "chunks": [{**asdict(chunk), "lost": sector_ranges(chunk.lost)} for chunk in report.chunks],
+        "chunks": [describe_chunk(chunk) for chunk in report.chunks],
         "recovered": report.recovered,
         "lost": sector_ranges(report.lost),
         "salvage_seconds": round(report.salvage_seconds, 4),
         "pause_seconds": round(report.pause_seconds, 4),
         "seconds": round(report.seconds, 4),
+    }
+
+
+def describe_chunk(chunk: RemappedChunk) -> dict[str, Any]:
+    """What became of one chunk."""
+    return {
+        **asdict(chunk),
+        "lost": sector_ranges(chunk.lost),
+        "lost_before": sector_ranges(chunk.lost_before),
     }
 
 

@@ -98,7 +98,7 @@ targets:
       returned: unless there is an RV(targets[].error)
       type: str
     shim:
-      description: The layer that turns every error of the main into one that can be held, or V(none).
+      description: The layer that turns every error of main into one that can be held, or V(none).
       returned: unless there is an RV(targets[].error)
       type: str
     holding:

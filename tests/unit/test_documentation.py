@@ -60,7 +60,7 @@ def test_every_key_of_a_target_is_documented() -> None:
 def test_every_key_of_a_remap_is_documented() -> None:
     documented = text("sectors", "RETURN")
     del documented["actions"]
-    chunk = RemappedChunk(3, 384, 128, 0, 7, 120, 5, [(390, 2)])
+    chunk = RemappedChunk(3, 384, 128, 0, 7, 120, 4, [(390, 2)], [(392, 2)])
     report = RemapReport(Plan("data", after={"generation": 4}), [chunk])
     check_keys(documented, describe_remap(report), "sectors")
 
