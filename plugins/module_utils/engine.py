@@ -24,10 +24,20 @@ from .blockdev import SECTOR_BYTES, DeviceInfo
 from .devmapper import DeviceMapper, MappedDevice, Segment, check_name
 from .errors import DmRemapError, Refused, count_of
 from .events import hashed_machine_id, intersect_ranges
-from .format import Extent, Geometry, Metadata, geometry_of, pack_slot, spare_uuid_of
+from .format import Diagnosis, Extent, Geometry, Metadata, geometry_of, pack_slot, spare_uuid_of
 from .freezing import FREEZE_SECONDS, Freezer, held_chunks, is_parked
-from .planner import ActiveSpare, ActiveTarget, Candidate, Plan, Request, Seen
-from .probing import MEDIUM_ERRORS, answers
+from .planner import (
+    ActiveSpare,
+    ActiveTarget,
+    Candidate,
+    LostSpare,
+    Plan,
+    Request,
+    Seen,
+    SpareSeen,
+    Stray,
+)
+from .probing import MEDIUM_ERRORS, answers, answers_at
 from .salvage import Outcome, Patience, Salvage, begin, salvage
 
 LOCK_DIR = "/run/dm-remap"
@@ -42,6 +52,8 @@ HEALER_LOCK = ".healer.lock"
 _KERNEL_TARGETS = ("integrity", "delay", "multipath")
 # A spare on which so many chosen places are bad is not used for the remap.
 _BAD_PLACES = 3
+# What a spare answers where a block has no valid tag: it works, and the block is lost.
+_TAG_ERRORS = (0, errno.EILSEQ)
 _MCL_CURRENT, _MCL_FUTURE = 1, 2
 
 
@@ -214,11 +226,37 @@ class RemapReport:
 
 @dataclass(frozen=True)
 class Disks:
-    """Open devices of a target: main, its spares' integrity devices, and the spares themselves."""
+    """Open devices of a target: main, its spares' integrity devices, and the spares themselves.
 
-    main: OpenDevice
+    Without main every chunk is on a spare, and none can be moved from or to main.
+    """
+
+    main: OpenDevice | None
     spares: Mapping[int, OpenDevice]
     members: Mapping[int, OpenDevice]
+
+
+@dataclass(frozen=True)
+class _Look:
+    """What a look at one spare of an active target found.
+
+    Args:
+        index: its position.
+        devno: its integrity device, empty where there is none.
+        below: device number of the device that it stands on.
+        path: that device, empty where it is gone.
+        candidate: who it is and what is on it, if that can be read.
+        trouble: why it cannot be used.
+        suspended: whether its integrity device is.
+    """
+
+    index: int
+    devno: str = ""
+    below: str = ""
+    path: str = ""
+    candidate: Candidate | None = None
+    trouble: str = ""
+    suspended: bool = False
 
 
 @dataclass(frozen=True)
@@ -433,35 +471,92 @@ class Engine:
                 device=f"/dev/mapper/{name}",
                 remedy="choose another name",
             )
-        spares = self._active_spares(device)
-        if not spares:
+        looks = self._look_at_spares(device)
+        if not looks:
             raise DmRemapError(
                 "is active without any spare",
                 device=f"/dev/mapper/{name}",
                 remedy="stop what uses it, remove it with dmsetup, and run the target module again",
             )
-        choice = copies.choose({s.candidate.info.path: s.candidate.survey for s in spares})
+        surveys = [look.candidate for look in looks if look.candidate]
+        choice = copies.choose({c.info.path: c.survey for c in surveys})
         upper, path = self._map_of(device)
         table = tuple(self._mapper.table(upper.name))
         shim = self._part(device, stack.shim_name(name))
         frozen = self._part(device, stack.frozen_name(name))
         used = {mapping.linear_target(s)[0] for s in table if s.target == "linear"}
-        own = {spare.devno for spare in spares}
+        own = {look.devno for look in looks if look.devno}
         own |= {part.devno for part in (shim, frozen) if part}
         mains = [devno for devno in used if devno not in own] or self._lower_mains(name, own)
         main = self._blocks.describe(self._blocks.node_of(mains[0])) if mains else None
-        found = ActiveTarget(
-            device=device,
-            map=upper,
-            table=table,
-            main=main,
-            spares=spares,
-            choice=choice,
-            path=path,
-            shim=shim if shim and shim.devno in used else None,
-            frozen=frozen if frozen and frozen.devno in used else None,
+        found = self._with_spares(
+            ActiveTarget(
+                device=device,
+                map=upper,
+                table=table,
+                main=main,
+                spares=(),
+                choice=choice,
+                path=path,
+                shim=shim if shim and shim.devno in used else None,
+                frozen=frozen if frozen and frozen.devno in used else None,
+            ),
+            looks,
         )
-        return replace(found, tidy=bool(found.frozen) or is_parked(self._mapper, found))
+        tidy = bool(found.frozen) or is_parked(self._mapper, found)
+        return replace(
+            found,
+            tidy=tidy and not any(look.suspended for look in looks),
+            certain=not found.lost_spares or _agrees(found),
+        )
+
+    def _with_spares(self, target: ActiveTarget, looks: Sequence[_Look]) -> ActiveTarget:
+        """The target with its spares, sorted by what can be done with them."""
+        metadata = target.metadata
+        wanted = {index for index, entry in enumerate(metadata.config["spares"]) if entry}
+        spares: list[ActiveSpare] = []
+        lost = {i: LostSpare(i, "", "", "", "has no device in the kernel") for i in wanted}
+        strays = []
+        for look in looks:
+            path = look.candidate.info.path if look.candidate else look.path
+            if look.index not in wanted:
+                marked = bool(look.candidate and not look.candidate.survey.empty)
+                strays.append(Stray(look.index, path, look.below, marked))
+                continue
+            trouble = look.trouble or self._trouble_in_data(look, metadata)
+            if trouble or look.candidate is None:
+                lost[look.index] = LostSpare(look.index, look.devno, look.below, path, trouble)
+            else:
+                spares.append(ActiveSpare(look.index, look.devno, look.candidate))
+                del lost[look.index]
+        return replace(
+            target,
+            spares=tuple(spares),
+            lost_spares=tuple(lost[index] for index in sorted(lost)),
+            strays=tuple(strays),
+        )
+
+    def _trouble_in_data(self, look: _Look, metadata: Metadata) -> str:
+        """What is wrong with a spare's integrity device, which fails for good by one bad place."""
+        chunks = planner.chunks_on(metadata, look.index)
+        if not chunks or look.suspended:
+            return ""
+        chunk_sectors, block = metadata.config["chunk_sectors"], metadata.config["block_sectors"]
+        places = [
+            extents.place_of(metadata.extents, chunk)
+            for chunk in {chunks[0], chunks[len(chunks) // 2], chunks[-1]}
+        ]
+        try:
+            with self._blocks.BlockDevice(self._blocks.node_of(look.devno)) as device:
+                if any(
+                    answers_at(device, place.physical * chunk_sectors, block, _TAG_ERRORS)
+                    for place in places
+                    if place
+                ):
+                    return ""
+        except (DmRemapError, OSError) as error:
+            return f"cannot be opened: {error}"
+        return "gives errors for all of its chunks"
 
     def _map_of(self, device: MappedDevice) -> tuple[MappedDevice, stack.PathState | None]:
         """The device whose table is the map, and the state of the path that holds I/O above it."""
@@ -497,7 +592,7 @@ class Engine:
         """Observe what a request is about. Devices that do not exist are refused."""
         target = self.observe(name)
         remains = () if target else tuple(self._remains(name))
-        candidates = [self._candidate(path, with_signatures=not target) for path in spares]
+        candidates = [self._candidate(path, self._is_new(target, path)) for path in spares]
         if main is None:
             # An interrupted removal has left spares that nobody may have named.
             known = {candidate.info.devno for candidate in candidates}
@@ -512,6 +607,29 @@ class Engine:
             healer=self.healer_runs(),
         )
 
+    def see_spare(self, name: str, device: str, replaces: str | None, add: bool) -> SpareSeen:
+        """Observe what a change of an active target's spares is about.
+
+        Args:
+            name: the target.
+            device: the spare's path, or the UUID of one that is lost.
+            replaces: the same of the one that it stands in for.
+            add: whether the device is to be a spare.
+
+        Raises:
+            Refused: there is no such target.
+        """
+        target = self.require(name)
+        devnos = {}
+        for path in (device, replaces):
+            with contextlib.suppress(DmRemapError, OSError):
+                devnos[path or ""] = self._blocks.describe(path or "").devno
+        known = planner.spare_index(target, device, devnos.get(device, ""))
+        candidate = None
+        if add and known is None and device in devnos:
+            candidate = self._candidate(device, with_signatures=True)
+        return SpareSeen(target, candidate, devnos)
+
     def healer_runs(self) -> bool:
         """Whether the daemon that heals held I/O runs on this host."""
         try:
@@ -522,6 +640,12 @@ class Engine:
         except OSError:
             return False
         return False
+
+    def _is_new(self, target: ActiveTarget | None, path: str) -> bool:
+        """Whether a device is no spare of the target yet."""
+        if target is None:
+            return True
+        return planner.spare_index(target, path, self._blocks.describe(path).devno) is None
 
     def _spares_of(self, name: str, remains: Sequence[str]) -> Iterator[str]:
         """Nodes of the spares that remaining devices of target ``name`` use."""
@@ -544,16 +668,39 @@ class Engine:
                     raise
         return Candidate(info, signatures, survey)
 
-    def _active_spares(self, target: MappedDevice) -> tuple[ActiveSpare, ...]:
+    def _look_at_spares(self, target: MappedDevice) -> list[_Look]:
         found = []
         for index in range(stack.MAX_SPARES):
-            device = self._part(target, stack.spare_name(target.name, index))
-            if device is None or not device.live_table:
-                continue
-            path = self._below(stack.data_name(target.name, index))
-            candidate = self._candidate(path, with_signatures=False)
-            found.append(ActiveSpare(index, device.devno, candidate))
-        return tuple(found)
+            names = stack.spare_part_names(target.name, index)
+            upper, data, tags = (self._part(target, name) for name in names)
+            if upper or data or tags:
+                found.append(self._look_at_spare(target.name, index, upper, data))
+        return found
+
+    def _look_at_spare(
+        self, name: str, index: int, upper: MappedDevice | None, data: MappedDevice | None
+    ) -> _Look:
+        look = _Look(
+            index=index,
+            devno=upper.devno if upper and upper.live_table else "",
+            suspended=bool(upper and upper.suspended),
+        )
+        if data is None or not data.live_table:
+            return replace(look, trouble="has no device in the kernel")
+        below = mapping.linear_target(self._mapper.table(data.name)[0])[0]
+        look = replace(look, below=below)
+        try:
+            candidate = self._candidate(self._blocks.node_of(below), with_signatures=False)
+        except (DmRemapError, OSError) as error:
+            return replace(look, trouble=f"is gone: {error}")
+        look = replace(look, path=candidate.info.path)
+        failed = candidate.survey.failed
+        if not candidate.survey.copies and all(
+            copy.diagnosis is Diagnosis.UNREADABLE for copy in failed
+        ):
+            return replace(look, trouble="cannot be read")
+        trouble = "" if look.devno else "has no device in the kernel"
+        return replace(look, candidate=candidate, trouble=trouble)
 
     def _below(self, name: str) -> str:
         """Node of the device under a linear one of ours."""
@@ -596,16 +743,21 @@ class Engine:
 
     # Targets
 
-    def apply(self, plan: Plan) -> None:
-        """Carry out a plan for a target's presence or absence; the caller holds its lock.
+    def apply(self, plan: Plan) -> list[RemappedChunk]:
+        """Carry out a plan for a target or its spares; the caller holds its lock.
+
+        Returns:
+            What became of the chunks that had to leave a spare.
 
         Raises:
             DmRemapError: a step failed; what was done so far stays, and a new plan continues.
         """
+        chunks: list[RemappedChunk] = []
         for action in plan.actions:
             self._progress(f"{action.kind} {action.device}")
-            getattr(self, f"_do_{action.kind}")(plan, action)
+            chunks += getattr(self, f"_do_{action.kind}")(plan, action) or []
             self._step(action.kind)
+        return chunks
 
     def _do_remove_remains(self, plan: Plan, action: planner.Action) -> None:
         if self._existing(action.device).suspended:
@@ -617,7 +769,13 @@ class Engine:
         self._wipe_copies(action.device)
 
     def _do_wipe_metadata(self, plan: Plan, action: planner.Action) -> None:
-        self._wipe_copies(action.device)
+        try:
+            self._wipe_copies(action.device)
+        except DmRemapError as error:
+            if plan.after["generation"] is None:
+                raise
+            # The target goes on without this spare, and its copies count for nothing any more.
+            self._progress(str(error))
 
     def _wipe_copies(self, path: str) -> None:
         with self._blocks.BlockDevice(path, writable=True) as device:
@@ -670,18 +828,104 @@ class Engine:
         )
 
     def _do_deactivate_spare(self, plan: Plan, action: planner.Action) -> None:
-        index = _index_of(plan, action.device)
-        for name in (
-            stack.spare_name(plan.name, index),
-            stack.data_name(plan.name, index),
-            stack.tags_name(plan.name, index),
-        ):
-            self._mapper.remove(name)
+        upper = action.details["name"]
+        uuid_of_target = _dm_uuid(_metadata_of(plan))
+        for name in (upper, f"{upper}-data", f"{upper}-tags"):
+            device = self._mapper.info(name)
+            if device and device.uuid == stack.part_uuid(uuid_of_target, plan.name, name):
+                self._mapper.remove(name)
+
+    def _do_add_spare(self, plan: Plan, action: planner.Action) -> None:
+        target, index = self.require(plan.name), action.details["index"]
+        entry = _metadata_of(plan).config["spares"][index]
+        new = self._with_entry(target.metadata, index, entry)
+        current = target.metadata
+        infos = {spare.index: spare.candidate.info for spare in target.spares}
+        with contextlib.ExitStack() as members:
+            opened = self._open_members(members, {**infos, index: plan.spares[index]})
+            # First the new one alone: a spare that others name is never without metadata.
+            alone = {index: opened.pop(index)}
+            prepared = copies.prepare_commit(alone, current, new, {index})
+            copies.prepare_commit(opened, current, new, self._stale(target))
+            prepared.write(self._step)
+            self._commit(target, opened, current, new)
+        self.backup(new)
+
+    def _do_remove_spare(self, plan: Plan, action: planner.Action) -> None:
+        target, index = self.require(plan.name), action.details["index"]
+        new = self._with_entry(target.metadata, index, None)
+        infos = {s.index: s.candidate.info for s in target.spares if s.index != index}
+        with contextlib.ExitStack() as members:
+            opened = self._open_members(members, infos)
+            self._commit(target, opened, target.metadata, new)
+        self.backup(new)
+        left = tuple(spare for spare in target.spares if spare.index != index)
+        if target.main is None:
+            # The freezing devices may hand flushes to the spare that goes.
+            self._freezer.park(replace(target, spares=left, lost_spares=()), anew=True)
+
+    def _with_entry(self, metadata: Metadata, index: int, entry: Any) -> Metadata:
+        """The next generation, with another entry in its list of spares."""
+        entries = list(metadata.config["spares"])
+        entries += [None] * (index + 1 - len(entries))
+        entries[index] = entry
+        config = {**metadata.config, "spares": entries}
+        return metadata.successor(time.time_ns(), host_id=host_id(), config=config)
+
+    def _do_drain_spare(self, plan: Plan, action: planner.Action) -> list[RemappedChunk]:
+        return self._empty_spare(plan, action, frozenset())
+
+    def _do_discard_chunks(self, plan: Plan, action: planner.Action) -> list[RemappedChunk]:
+        return self._empty_spare(plan, action, frozenset({action.details["index"]}))
+
+    def _empty_spare(
+        self, plan: Plan, action: planner.Action, discard: frozenset[int]
+    ) -> list[RemappedChunk]:
+        """Move all chunks off a spare, some in each freeze."""
+        target, index = self.require(plan.name), action.details["index"]
+        self._check_freezing_names(target)
+        _lock_memory()
+        route = Route(
+            avoid=frozenset(action.details["avoid"]),
+            prefer=frozenset(action.details["prefer"]),
+            discard=discard,
+        )
+        lost = {spare.index: spare.reason for spare in target.lost_spares}
+        if (index in lost) != bool(discard):
+            raise DmRemapError(
+                lost.get(index, "can be read again, so nothing on it is given up"),
+                device=action.device,
+                remedy="look at the target again and decide anew",
+            )
+        chunks = planner.chunks_on(target.metadata, index)
+        done: list[RemappedChunk] = []
+        with contextlib.ExitStack() as opened:
+            disks = opened.enter_context(self.opened(target))
+            opened.enter_context(self._guarded(target, disks))
+            for first in range(0, len(chunks), planner.DRAIN_CHUNKS):
+                batch = chunks[first : first + planner.DRAIN_CHUNKS]
+                with self._mapper.events() as events:
+                    moved = self.move(target, disks, batch, Patience(), events, route=route)
+                choice = replace(target.choice, metadata=moved.metadata)
+                target = replace(target, choice=choice, table=())
+                done += moved.chunks
+                self._progress(f"{len(done)} of {len(chunks)} chunks have left {action.device}")
+                self.backup(moved.metadata)
+        return done
 
     def _do_commit_metadata(self, plan: Plan, action: planner.Action) -> None:
         draft = replace(_metadata_of(plan), timestamp_ns=time.time_ns(), host_id=host_id())
         with contextlib.ExitStack() as stack:
-            copies.commit(self._open_members(stack, plan.spares), None, draft, step=self._step)
+            done = copies.commit(
+                self._open_members(stack, plan.spares), None, draft, step=self._step
+            )
+        for index, rewrite in done.items():
+            if rewrite.left_out:
+                raise DmRemapError(
+                    f"took no metadata of the new target: {rewrite.left_out}",
+                    device=plan.spares[index].path,
+                    remedy="give another spare, with wipe: true for the others",
+                )
         self.backup(draft)
 
     def _do_repair_metadata(self, plan: Plan, action: planner.Action) -> None:
@@ -691,8 +935,19 @@ class Engine:
                 surveys[info.path] = copies.survey(device)
         index = _index_of(plan, action.device)
         spare_uuid = spare_uuid_of(_metadata_of(plan), index)
-        with self._blocks.BlockDevice(action.device, writable=True) as device:
-            copies.repair(device, copies.choose(surveys), spare_uuid)
+        choice = copies.choose(surveys)
+        others = [
+            path for path in choice.spares.values() if path not in (*choice.stale, action.device)
+        ]
+        try:
+            with self._blocks.BlockDevice(action.device, writable=True) as device:
+                copies.repair(device, choice, spare_uuid)
+        except copies.CommitFailed as error:
+            if not others:
+                raise
+            # It stays behind, as a spare that a commit left out.
+            self._left_out.setdefault(choice.metadata.target_uuid, set()).add(index)
+            self._progress(str(error))
 
     def _do_create_target(self, plan: Plan, action: planner.Action) -> None:
         if plan.main is None:
@@ -754,19 +1009,30 @@ class Engine:
                 self._mapper.remove(part)
 
     def _do_thaw(self, plan: Plan, action: planner.Action) -> None:
-        self._end_freeze(plan.name)
+        given_up = action.details.get("without", ())
+        self._end_freeze(plan.name, set(range(stack.MAX_SPARES)).difference(given_up))
 
     def _do_tidy(self, plan: Plan, action: planner.Action) -> None:
-        self._freezer.park(self.require(plan.name))
+        target = self.require(plan.name)
+        self._resume_spares(target)
+        self._freezer.park(target)
+
+    def _resume_spares(self, target: ActiveTarget) -> None:
+        """Resume spares that an interruption left suspended."""
+        for index in range(stack.MAX_SPARES):
+            device = self._part(target.device, stack.spare_name(target.name, index))
+            if device and device.suspended:
+                self._mapper.swap(device.name)
 
     def _do_update_config(self, plan: Plan, action: planner.Action) -> None:
         target = self.require(plan.name)
-        successor = target.metadata.successor(time.time_ns(), host_id=host_id())
-        new = replace(successor, config=_metadata_of(plan).config)
+        settings = {key: value for key, value in action.details.items() if key != "generation"}
+        new = target.metadata.successor(
+            time.time_ns(), host_id=host_id(), config={**target.metadata.config, **settings}
+        )
+        infos = {spare.index: spare.candidate.info for spare in target.spares}
         with contextlib.ExitStack() as members:
-            copies.commit(
-                self._open_members(members, plan.spares), target.metadata, new, step=self._step
-            )
+            self._commit(target, self._open_members(members, infos), target.metadata, new)
         self.backup(new)
 
     def _do_hold_errors(self, plan: Plan, action: planner.Action) -> None:
@@ -1018,15 +1284,15 @@ class Engine:
             main_writable: open main for a move to it.
 
         Raises:
-            DmRemapError: a device cannot be opened, or no chunk is on main.
+            DmRemapError: a device cannot be opened.
         """
-        if target.main is None:
-            raise DmRemapError("its main is not known", device=target.name)
         with contextlib.ExitStack() as opened:
             yield Disks(
                 main=opened.enter_context(
                     self._blocks.BlockDevice(target.main.path, writable=main_writable)
-                ),
+                )
+                if target.main
+                else None,
                 spares={
                     spare.index: opened.enter_context(
                         self._blocks.BlockDevice(self._blocks.node_of(spare.devno), writable=True)
@@ -1080,7 +1346,7 @@ class Engine:
             works = [work for work in works if wanted(work.chunk, work.salvage)]
             stay: dict[int, str] = {}
             if route.to_main:
-                stay = self._write_to_main(works, disks.main)
+                stay = self._write_to_main(works, _main_of(disks))
             moving = [work for work in works if work.chunk not in stay]
             new, left_out, written = self._settle(moving, target, disks, route, attempted)
             self._freezer.thaw(target, new, chunks, events)
@@ -1158,15 +1424,17 @@ class Engine:
         Raises:
             DmRemapError: none took it, or what is on one contradicts what is known.
         """
-        behind = self._left_out.setdefault(new.target_uuid, set())
-        stale = behind | target.behind
-        done = copies.commit(members, current, new, self._step, stale & set(members))
+        stale = self._stale(target) & set(members)
+        done = copies.commit(members, current, new, self._step, stale)
         left_out = {index: rewrite.left_out for index, rewrite in done.items() if rewrite.left_out}
-        behind.clear()
-        behind |= set(left_out)
+        self._left_out[new.target_uuid] = set(left_out)
         for reason in left_out.values():
             self._progress(f"a spare did not take generation {new.generation}: {reason}")
         return left_out
+
+    def _stale(self, target: ActiveTarget) -> set[int]:
+        """Indexes of spares that are known to be behind."""
+        return self._left_out.get(target.metadata.target_uuid, set()) | target.behind
 
     def _write_to_main(self, works: Sequence[_Work], main: OpenDevice) -> dict[int, str]:
         """Write chunks to their places on main and read them back, twice; why some failed there.
@@ -1244,7 +1512,13 @@ class Engine:
         if source and source.spare in route.discard:
             work.salvage.outcomes = [Outcome.LOST] * len(work.salvage.outcomes)
             return work
-        device = disks.spares[source.spare] if source else disks.main
+        if source and source.spare not in disks.spares:
+            raise DmRemapError(
+                f"chunk {chunk} is on spare {source.spare}, which cannot be used",
+                device=target.name,
+                remedy="attach that spare again, or remove it with discard_remaps: true",
+            )
+        device = disks.spares[source.spare] if source else _main_of(disks)
         salvage(device, sector, length, block_sectors, patience, resume=work.salvage)
         return work
 
@@ -1433,6 +1707,7 @@ class Engine:
         """
         try:
             target = self.require(name)
+            self._resume_spares(target)
             chunks = held_chunks(target)
             if not chunks:
                 self._freezer.park(target)
@@ -1463,17 +1738,9 @@ class Engine:
             DmRemapError: no spare holds it whole.
         """
         upkeep = planner.plan_upkeep(target)
-        repairs = [action for action in upkeep.actions if action.kind == "repair_metadata"]
-        whole = len(target.spares) - len(repairs)
-        failed: DmRemapError | None = None
-        for action in repairs:
-            try:
+        for action in upkeep.actions:
+            if action.kind == "repair_metadata":
                 self._do_repair_metadata(upkeep, action)
-                whole += 1
-            except copies.CommitFailed as error:
-                failed = error
-        if failed and not whole:
-            raise failed
 
     def _fail_frozen(self, name: str) -> None:
         device = self._existing(name)
@@ -1531,6 +1798,19 @@ def _metadata_of(plan: Plan) -> Metadata:
 
 def _index_of(plan: Plan, path: str) -> int:
     return next(index for index, info in plan.spares.items() if info.path == path)
+
+
+def _main_of(disks: Disks) -> OpenDevice:
+    if disks.main is None:
+        raise AssertionError("a target with chunks on main, or to be moved there, has a main")
+    return disks.main
+
+
+def _agrees(target: ActiveTarget) -> bool:
+    """Whether the live map is that of the chosen generation."""
+    positions = {chunk: position for position, chunk in enumerate(held_chunks(target))}
+    devno = target.frozen.devno if target.frozen else ""
+    return list(target.table) == target.map_table(target.metadata, positions, devno)
 
 
 def _spare_sector(work: _Work, metadata: Metadata) -> int:
@@ -1613,7 +1893,7 @@ def _confirm_losses(
         if index not in route.discard:
             sources.setdefault(index, []).append(work)
     for index, some in sources.items():
-        device = disks.main if index is None else disks.spares[index]
+        device = _main_of(disks) if index is None else disks.spares[index]
         _check_alive(target, index, device, some)
         for work in some:
             work.salvage.read_again(device)
@@ -1625,7 +1905,7 @@ def _check_alive(
 ) -> None:
     lost = [item for work in works for item in work.salvage.lost]
     # A spare's unwritten blocks read as EILSEQ.
-    fine = (0,) if index is None else (0, errno.EILSEQ)
+    fine = (0,) if index is None else _TAG_ERRORS
     if lost and not answers(device, lost, target.metadata.config["block_sectors"], fine):
         path = target.main.path if target.main else target.name
         if index is not None:

@@ -187,9 +187,14 @@ def answers(
         sector = block * unit
         if any(start < sector + unit and sector < start + count for start, count in holes):
             continue
-        if _read(device, sector, unit) in fine:
+        if answers_at(device, sector, unit, fine):
             return True
     return False
+
+
+def answers_at(device: Readable, sector: int, count: int, fine: Collection[int] = (0,)) -> bool:
+    """Return whether a read succeeds or fails with an error number that is fine."""
+    return _read(device, sector, count) in fine
 
 
 def _read(device: Readable, sector: int, count: int) -> int:

@@ -12,7 +12,18 @@ from typing import TYPE_CHECKING, Any
 from . import pool
 from .extents import merge_sectors
 from .format import geometry_of
-from .planner import SECTOR_BYTES, ActiveTarget, Plan, readable_table, shim_of, warnings_of
+from .planner import (
+    SECTOR_BYTES,
+    ActiveTarget,
+    LostSpare,
+    Plan,
+    chunks_on,
+    degradation,
+    readable_table,
+    sectors_of,
+    shim_of,
+    warnings_of,
+)
 
 if TYPE_CHECKING:
     from .engine import RemappedChunk, RemapReport
@@ -40,12 +51,14 @@ def describe_target(target: ActiveTarget) -> dict[str, Any]:
             **config["main"],
         },
         "spares": [_describe_spare(target, spare.index) for spare in target.spares],
+        "degraded": bool(target.lost_spares),
+        "lost_spares": [_describe_lost(target, lost) for lost in target.lost_spares],
         "remapped_chunks": sum(extent.length for extent in metadata.extents),
         "extents": [asdict(extent) for extent in metadata.extents],
         "lost": sector_ranges([(item.sector, item.count) for item in metadata.lost]),
         "interrupted": target.frozen is not None,
         "table": readable_table(metadata, spares),
-        "warnings": list(warnings_of(target.choice)),
+        "warnings": [*warnings_of(target.choice), *degradation(target)],
     }
 
 
@@ -66,6 +79,33 @@ def _describe_spare(target: ActiveTarget, index: int) -> dict[str, Any]:
         "free_chunks": chunks.free,
         "copies_damaged": info.path in target.choice.damaged,
         "stale": info.path in target.choice.stale,
+    }
+
+
+def _describe_lost(target: ActiveTarget, lost: LostSpare) -> dict[str, Any]:
+    metadata = target.metadata
+    entry = metadata.config["spares"][lost.index]
+    chunks = chunks_on(metadata, lost.index)
+    return {
+        "index": lost.index,
+        "path": lost.path or None,
+        "uuid": entry["uuid"],
+        "serial": entry.get("serial", ""),
+        "wwn": entry.get("wwn", ""),
+        "model": entry.get("model", ""),
+        "reason": lost.reason,
+        "chunks": len(chunks),
+        "unavailable": sector_ranges(sectors_of(metadata, chunks)),
+    }
+
+
+def describe_emptied(chunks: list[RemappedChunk]) -> dict[str, Any]:
+    """What became of chunks that had to leave a spare; counts in sectors but for ``moved``."""
+    return {
+        "moved": len(chunks),
+        "recovered": sum(c.recovered_first_read + c.recovered_on_retry for c in chunks),
+        "lost": sector_ranges([item for chunk in chunks for item in chunk.lost]),
+        "lost_before": sector_ranges([item for chunk in chunks for item in chunk.lost_before]),
     }
 
 
