@@ -104,6 +104,19 @@ def report(found: dict[str, Any]) -> list[str]:
         "Table swap: suspend, swap, resume (ratio to the smallest)",
         [(f"swap, {count} extents", times, swap) for count, times in found["swaps"]],
     )
+    one = statistics.median(found["remaps"])
+    lines += table(
+        "1,000 ranges in one task, on 10,000 extents (ratio to the remap of one chunk)",
+        [
+            row
+            for name, whole, reading, pause in found["bulk"]
+            for row in (
+                (f"{name}, the whole task", [whole], one),
+                (f"{name}, until the data is in place", [reading], one),
+                (f"{name}, pause of the chunks", [pause], one),
+            )
+        ],
+    )
     return lines
 
 

@@ -37,11 +37,13 @@ def main() -> None:
     found.update(measure_remaps(engine, given["main"], given["spare"], given["rounds"]))
     found.update(measure_commits(engine, given["main"], given["spare"], given["rounds"]))
     found.update(measure_tables(given["main"], given["spare"]))
+    found.update(measure_bulk(engine, given["main"], given["spare"]))
     json.dump(found, sys.stdout)
 
 
 def present(engine: Engine, main_path: str, spare: str, chunk_bytes: int) -> None:
     """Make the target."""
+    # Nothing heals held I/O here.
     request = Request(NAME, main_path, (spare,), chunk_bytes, on_error="fail")
     with engine.locked(NAME):
         engine.apply(plan_present(request, engine.see(NAME, main_path, [spare])))
@@ -135,6 +137,32 @@ def measure_commits(engine: Engine, main_path: str, spare: str, rounds: int) -> 
             raw.append(time.monotonic() - begun)
     absent(engine)
     return {"commits": commits, "raw_write": raw}
+
+
+def measure_bulk(engine: Engine, main_path: str, spare: str) -> dict[str, Any]:
+    """Remap 1,000 ranges in one task, on a target with 10,000 extents, and return them."""
+    present(engine, main_path, spare, 4096)
+    target = engine.require(NAME)
+    extents = scattered(10_000)
+    with engine.opened(target) as disks:
+        new = replace(target.metadata.successor(time.time_ns()), extents=extents)
+        copies.commit(disks.members, target.metadata, new)
+    taken = {extent.logical for extent in extents}
+    total = target.metadata.config["main"]["sectors"] // BLOCK_SECTORS
+    free = [chunk for chunk in range(total) if chunk not in taken]
+    ranges = [(chunk * BLOCK_SECTORS, 1) for chunk in free[:: len(free) // 1000][:1000]]
+    with engine.locked(NAME):
+        away = engine.remap(NAME, ranges)
+        back = engine.return_to_main(NAME, ranges)
+    absent(engine)
+    if sum(c.moved for c in away.chunks) != 1000 or sum(c.moved for c in back.chunks) != 1000:
+        raise RuntimeError("not all chunks have moved")
+    return {
+        "bulk": [
+            [name, report.seconds, report.salvage_seconds, report.pause_seconds]
+            for name, report in (("remapped", away), ("returned", back))
+        ]
+    }
 
 
 def measure_tables(main_path: str, spare: str) -> dict[str, Any]:

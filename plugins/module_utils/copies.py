@@ -103,7 +103,7 @@ class LostWrite(Refused):
 
 
 class CommitFailed(DmRemapError):
-    """Copies could not be written; devices hold a whole generation each, old or new.
+    """No device took a generation; each holds a whole one, old or new.
 
     Survey and choose again before the next commit: what is on the devices decides.
     """
@@ -212,11 +212,14 @@ class Rewrite:
         failed: the copies that could not be, with the error.
         behind: indexes of copies that were found older than the device's others: after a crash or
             a failed write this is expected, otherwise the device dropped a write.
+        left_out: why the device did not take the generation whole, while another one did; empty
+            if it did. It may hold the generation or the one before.
     """
 
     written: tuple[int, ...]
     failed: tuple[FailedCopy, ...]
     behind: tuple[int, ...]
+    left_out: str = ""
 
 
 def _rank(copy: Copy) -> tuple[int, int, int]:
@@ -576,6 +579,8 @@ class _Slots:
         self.written: list[int] = []
         self.failed: list[FailedCopy] = []
         self.behind: list[int] = []
+        self.left_out: CommitFailed | None = None
+        self.unreadable: set[int] = set()
 
     def headers(self) -> Iterator[tuple[int, Header, bytes]]:
         """Index, header and rounded-up body of each slot with a valid header.
@@ -595,12 +600,15 @@ class _Slots:
                         device=self.device.name,
                         remedy="use a version of the collection that knows it",
                     ) from error
+                if error.diagnosis is Diagnosis.UNREADABLE:
+                    self.unreadable.add(index)
                 continue
             try:
                 rest = max(0, header.slot_bytes - len(raw))
                 more = _read(self.device, sector + len(raw) // SECTOR_BYTES, rest) if rest else b""
                 body = (raw + more)[HEADER_BYTES : header.slot_bytes]
             except Invalid:
+                self.unreadable.add(index)
                 body = b""
             yield index, header, body
 
@@ -658,7 +666,8 @@ class _Slots:
             ) from error
 
     def result(self) -> Rewrite:
-        return Rewrite(tuple(self.written), tuple(self.failed), tuple(self.behind))
+        reason = str(self.left_out) if self.left_out else ""
+        return Rewrite(tuple(self.written), tuple(self.failed), tuple(self.behind), reason)
 
 
 def _batches(good: Collection[int], write: Collection[int]) -> tuple[list[int], list[int]]:
@@ -692,7 +701,9 @@ class PreparedCommit:
     def write(self, step: Callable[[str], None] = _ignore_step) -> dict[int, Rewrite]:
         """Write on every device the odd and far copies, flush, then the even ones, flush.
 
-        A copy that cannot be written is reported, not fatal, while each device gets at least one.
+        A copy that cannot be written is reported, not fatal, while its device gets at least one. A
+        device that takes none, or no flush, is left out from there on and reported, not fatal
+        while another one takes the generation whole.
 
         Args:
             step: called after each single write and flush, as spare0/copy1/written,
@@ -702,22 +713,31 @@ class PreparedCommit:
             What was done, by position.
 
         Raises:
-            CommitFailed: a device took no copy or no flush.
+            CommitFailed: no device took the generation whole.
         """
         for number, phase in enumerate(("first", "second")):
-            for index, slots, batches in self._plans:
+            for index, slots, batches in self._taking():
                 done = slots.write(batches[number], self._new, _prefixed(step, f"spare{index}"))
                 if number == 0 and not done:
-                    raise CommitFailed(
+                    slots.left_out = CommitFailed(
                         f"took no copy of generation {self._new.generation}:"
                         f" {slots.failed[0].message}",
                         device=slots.device.name,
                         remedy="replace the spare",
                     )
-            for index, slots, _batches_of_it in self._plans:
-                slots.flush()
-                step(f"spare{index}/{phase}/flushed")
+            for index, slots, _batches_of_it in self._taking():
+                try:
+                    slots.flush()
+                except CommitFailed as error:
+                    slots.left_out = error
+                else:
+                    step(f"spare{index}/{phase}/flushed")
+            if not self._taking():
+                raise next(slots.left_out for _index, slots, _b in self._plans if slots.left_out)
         return {index: slots.result() for index, slots, _batches_of_it in self._plans}
+
+    def _taking(self) -> list[tuple[int, _Slots, tuple[list[int], list[int]]]]:
+        return [plan for plan in self._plans if plan[1].left_out is None]
 
 
 def prepare_commit(
@@ -727,6 +747,10 @@ def prepare_commit(
     stale: Collection[int] = (),
 ) -> PreparedCommit:
     """Read back and check everything that must hold before `new` is written to all devices.
+
+    A device of which no slot can be read has failed, and is left out while there is another one.
+    One that can be read and does not hold what it should contradicts what this host knows, and
+    stops the commit.
 
     Args:
         devices: position in new's list of spares to device; a spare that is gone is left out.
@@ -739,6 +763,7 @@ def prepare_commit(
         AnotherWriter: a device carries a generation above current, or copies of something else.
             Nothing was written.
         LostWrite: a device does not carry current any more. Nothing was written.
+        CommitFailed: no device can be read. Nothing was written.
         NewerFormat: a device carries a copy of a newer format. Nothing was written.
     """
     if not devices:
@@ -757,6 +782,9 @@ def prepare_commit(
         expected = None if index in stale else current
         good = _read_back(slots, expected, new, new_digest)
         plans.append((index, slots, _batches(good, range(COPIES))))
+    failed = [slots.left_out for _index, slots, _batches_of_it in plans if slots.left_out]
+    if len(failed) == len(plans):
+        raise failed[0]
     return PreparedCommit(new, plans)
 
 
@@ -808,7 +836,13 @@ def _read_back(
             )
         if header.generation < limit:
             lower.append((index, header.generation))
-    if current is not None and not good:
+    if current is not None and len(slots.unreadable) == COPIES:
+        slots.left_out = CommitFailed(
+            "cannot be read where its copies of the metadata are",
+            device=name,
+            remedy="replace the spare",
+        )
+    elif current is not None and not good:
         found = (
             f"only generation {max(generation for _index, generation in lower)}" if lower else ""
         )

@@ -22,13 +22,23 @@ from typing import IO, Any, Protocol
 from . import blockdev, copies, extents, mapping, planner, stack
 from .blockdev import SECTOR_BYTES, DeviceInfo
 from .devmapper import DeviceMapper, MappedDevice, Segment, check_name
-from .errors import DmRemapError, Refused
+from .errors import DmRemapError, Refused, count_of
 from .events import hashed_machine_id, intersect_ranges
-from .format import Extent, Geometry, Metadata, geometry_of, pack_slot, spare_uuid_of
+from .format import Diagnosis, Extent, Geometry, Metadata, geometry_of, pack_slot, spare_uuid_of
 from .freezing import FREEZE_SECONDS, Freezer, held_chunks, is_parked
-from .planner import ActiveSpare, ActiveTarget, Candidate, Plan, Request, Seen
-from .probing import MEDIUM_ERRORS, answers
-from .salvage import Outcome, Patience, Salvage, Unfinished, salvage
+from .planner import (
+    ActiveSpare,
+    ActiveTarget,
+    Candidate,
+    LostSpare,
+    Plan,
+    Request,
+    Seen,
+    SpareSeen,
+    Stray,
+)
+from .probing import MEDIUM_ERRORS, answers, answers_at
+from .salvage import Outcome, Patience, Salvage, Unfinished, begin, salvage
 
 LOCK_DIR = "/run/dm-remap"
 BACKUP_DIR = "/var/lib/dm-remap/backup"
@@ -42,6 +52,8 @@ HEALER_LOCK = ".healer.lock"
 _KERNEL_TARGETS = ("integrity", "delay", "multipath")
 # A spare on which so many chosen places are bad is not used for the remap.
 _BAD_PLACES = 3
+# What a spare answers where a block has no valid tag: it works, and the block is lost.
+_TAG_ERRORS = (0, errno.EILSEQ)
 _MCL_CURRENT, _MCL_FUTURE = 1, 2
 
 
@@ -139,18 +151,36 @@ class Mapper(Protocol):
 class RemappedChunk:
     """What became of one chunk.
 
-    Sectors are counted in units of 512 bytes; ``lost`` holds first sector and count on the
-    target.
+    Sectors are counted in units of 512 bytes; ``lost`` and ``lost_before`` hold first sector and
+    count on the target.
+
+    Args:
+        chunk: its number on the target.
+        start: its first sector on the target.
+        count: its sectors.
+        spare: index of the spare that it is on now; None on main.
+        spare_chunk: its place there.
+        recovered_first_read: sectors that the first read saved.
+        recovered_on_retry: sectors that a later read saved.
+        lost: sectors that were lost now.
+        lost_before: sectors that were known to be lost, and still cannot be read.
+        origin: index of the spare that it came from; None from main.
+        moved: whether it moved at all.
+        reason: why it did not.
     """
 
     chunk: int
     start: int
     count: int
-    spare: int
-    spare_chunk: int
+    spare: int | None
+    spare_chunk: int | None
     recovered_first_read: int
     recovered_on_retry: int
     lost: list[tuple[int, int]]
+    lost_before: list[tuple[int, int]] = field(default_factory=list)
+    origin: int | None = None
+    moved: bool = True
+    reason: str = ""
 
 
 @dataclass
@@ -181,7 +211,12 @@ class RemapReport:
     @property
     def recovered(self) -> int:
         """Sectors whose data was saved."""
-        return sum(c.recovered_first_read + c.recovered_on_retry for c in self.chunks)
+        return sum(c.recovered_first_read + c.recovered_on_retry for c in self.chunks if c.moved)
+
+    @property
+    def staying(self) -> list[RemappedChunk]:
+        """Chunks that were to move and did not."""
+        return [chunk for chunk in self.chunks if not chunk.moved]
 
     @property
     def lost(self) -> list[tuple[int, int]]:
@@ -191,11 +226,37 @@ class RemapReport:
 
 @dataclass(frozen=True)
 class Disks:
-    """Open devices of a target: main, its spares' integrity devices, and the spares themselves."""
+    """Open devices of a target: main, its spares' integrity devices, and the spares themselves.
 
-    main: OpenDevice
+    Without main every chunk is on a spare, and none can be moved from or to main.
+    """
+
+    main: OpenDevice | None
     spares: Mapping[int, OpenDevice]
     members: Mapping[int, OpenDevice]
+
+
+@dataclass(frozen=True)
+class _Look:
+    """What a look at one spare of an active target found.
+
+    Args:
+        index: its position.
+        devno: its integrity device, empty where there is none.
+        below: device number of the device that it stands on.
+        path: that device, empty where it is gone.
+        candidate: who it is and what is on it, if that can be read.
+        trouble: why it cannot be used.
+        suspended: whether its integrity device is.
+    """
+
+    index: int
+    devno: str = ""
+    below: str = ""
+    path: str = ""
+    candidate: Candidate | None = None
+    trouble: str = ""
+    suspended: bool = False
 
 
 @dataclass(frozen=True)
@@ -204,10 +265,11 @@ class Moved:
 
     Args:
         metadata: the generation afterwards.
-        chunks: what became of the chunks that were moved.
-        extents: where they are now, one extent each.
-        salvage_seconds: until all was read and is on the spares.
+        chunks: what became of the chunks that were to be moved.
+        extents: where those are now that moved to a spare, one extent each.
+        salvage_seconds: until all was read and is in its new place.
         pause_seconds: how long I/O to the chunks had to wait.
+        left_out: why a spare did not take the last generation, by its index.
     """
 
     metadata: Metadata
@@ -215,6 +277,7 @@ class Moved:
     extents: list[Extent]
     salvage_seconds: float
     pause_seconds: float
+    left_out: Mapping[int, str] = field(default_factory=dict)
 
     @property
     def lost(self) -> list[tuple[int, int]]:
@@ -222,22 +285,60 @@ class Moved:
         return [item for chunk in self.chunks for item in chunk.lost]
 
 
+@dataclass(frozen=True)
+class Route:
+    """Where a move may take chunks, and what it may read.
+
+    Args:
+        to_main: back to main, where the chunk's own data is the test.
+        avoid: indexes of spares that take none of them.
+        prefer: indexes of spares that take as many as they can.
+        discard: indexes of spares that are not read: what is there is lost.
+    """
+
+    to_main: bool = False
+    avoid: frozenset[int] = frozenset()
+    prefer: frozenset[int] = frozenset()
+    discard: frozenset[int] = frozenset()
+
+
+TO_SPARES = Route()
+
+
 @dataclass(eq=False)
 class _Work:
-    """A chunk on its way to a spare, whose extent is known when it has a place."""
+    """A chunk on its way, whose extent is known when it has a place.
+
+    Args:
+        chunk: its number on the target.
+        start: its first sector on the target.
+        length: its sectors.
+        salvage: what was read of it; its sectors are the source's.
+        source: where it is; None on main.
+        known: its sectors on the target that were lost before.
+        place: where it goes; None on main, or not known yet.
+    """
 
     chunk: int
     start: int
     length: int
     salvage: Salvage
+    source: Extent | None = None
+    known: list[tuple[int, int]] = field(default_factory=list)
     place: Extent | None = None
 
     @property
     def extent(self) -> Extent:
-        """Where the chunk goes."""
+        """The place on a spare that the chunk goes to."""
         if self.place is None:
             raise AssertionError("the chunk has no place yet")
         return self.place
+
+    @property
+    def lost(self) -> list[tuple[int, int]]:
+        """All its lost sectors on the target."""
+        shift = self.start - self.salvage.sector
+        return [(sector + shift, count) for sector, count in self.salvage.lost]
 
 
 class Engine:
@@ -272,6 +373,8 @@ class Engine:
         self._backup_dir = backup_dir
         self._guard = guard
         self._freezer = Freezer(self._mapper, self._step)
+        # Spares that did not take the last generation, by target.
+        self._left_out: dict[uuid.UUID, set[int]] = {}
 
     # Observation
 
@@ -368,35 +471,92 @@ class Engine:
                 device=f"/dev/mapper/{name}",
                 remedy="choose another name",
             )
-        spares = self._active_spares(device)
-        if not spares:
+        looks = self._look_at_spares(device)
+        if not looks:
             raise DmRemapError(
                 "is active without any spare",
                 device=f"/dev/mapper/{name}",
                 remedy="stop what uses it, remove it with dmsetup, and run the target module again",
             )
-        choice = copies.choose({s.candidate.info.path: s.candidate.survey for s in spares})
+        surveys = [look.candidate for look in looks if look.candidate]
+        choice = copies.choose({c.info.path: c.survey for c in surveys})
         upper, path = self._map_of(device)
         table = tuple(self._mapper.table(upper.name))
         shim = self._part(device, stack.shim_name(name))
         frozen = self._part(device, stack.frozen_name(name))
         used = {mapping.linear_target(s)[0] for s in table if s.target == "linear"}
-        own = {spare.devno for spare in spares}
+        own = {look.devno for look in looks if look.devno}
         own |= {part.devno for part in (shim, frozen) if part}
         mains = [devno for devno in used if devno not in own] or self._lower_mains(name, own)
         main = self._blocks.describe(self._blocks.node_of(mains[0])) if mains else None
-        found = ActiveTarget(
-            device=device,
-            map=upper,
-            table=table,
-            main=main,
-            spares=spares,
-            choice=choice,
-            path=path,
-            shim=shim if shim and shim.devno in used else None,
-            frozen=frozen if frozen and frozen.devno in used else None,
+        found = self._with_spares(
+            ActiveTarget(
+                device=device,
+                map=upper,
+                table=table,
+                main=main,
+                spares=(),
+                choice=choice,
+                path=path,
+                shim=shim if shim and shim.devno in used else None,
+                frozen=frozen if frozen and frozen.devno in used else None,
+            ),
+            looks,
         )
-        return replace(found, tidy=bool(found.frozen) or is_parked(self._mapper, found))
+        tidy = bool(found.frozen) or is_parked(self._mapper, found)
+        return replace(
+            found,
+            tidy=tidy and not any(look.suspended for look in looks),
+            certain=not found.lost_spares or _agrees(found),
+        )
+
+    def _with_spares(self, target: ActiveTarget, looks: Sequence[_Look]) -> ActiveTarget:
+        """The target with its spares, sorted by what can be done with them."""
+        metadata = target.metadata
+        wanted = {index for index, entry in enumerate(metadata.config["spares"]) if entry}
+        spares: list[ActiveSpare] = []
+        lost = {i: LostSpare(i, "", "", "", "has no device in the kernel") for i in wanted}
+        strays = []
+        for look in looks:
+            path = look.candidate.info.path if look.candidate else look.path
+            if look.index not in wanted:
+                marked = bool(look.candidate and not look.candidate.survey.empty)
+                strays.append(Stray(look.index, path, look.below, marked))
+                continue
+            trouble = look.trouble or self._trouble_in_data(look, metadata)
+            if trouble or look.candidate is None:
+                lost[look.index] = LostSpare(look.index, look.devno, look.below, path, trouble)
+            else:
+                spares.append(ActiveSpare(look.index, look.devno, look.candidate))
+                del lost[look.index]
+        return replace(
+            target,
+            spares=tuple(spares),
+            lost_spares=tuple(lost[index] for index in sorted(lost)),
+            strays=tuple(strays),
+        )
+
+    def _trouble_in_data(self, look: _Look, metadata: Metadata) -> str:
+        """What is wrong with a spare's integrity device, which fails for good by one bad place."""
+        chunks = planner.chunks_on(metadata, look.index)
+        if not chunks or look.suspended:
+            return ""
+        chunk_sectors, block = metadata.config["chunk_sectors"], metadata.config["block_sectors"]
+        places = [
+            extents.place_of(metadata.extents, chunk)
+            for chunk in {chunks[0], chunks[len(chunks) // 2], chunks[-1]}
+        ]
+        try:
+            with self._blocks.BlockDevice(self._blocks.node_of(look.devno)) as device:
+                if any(
+                    answers_at(device, place.physical * chunk_sectors, block, _TAG_ERRORS)
+                    for place in places
+                    if place
+                ):
+                    return ""
+        except (DmRemapError, OSError) as error:
+            return f"cannot be opened: {error}"
+        return "gives errors for all of its chunks"
 
     def _map_of(self, device: MappedDevice) -> tuple[MappedDevice, stack.PathState | None]:
         """The device whose table is the map, and the state of the path that holds I/O above it."""
@@ -432,7 +592,7 @@ class Engine:
         """Observe what a request is about. Devices that do not exist are refused."""
         target = self.observe(name)
         remains = () if target else tuple(self._remains(name))
-        candidates = [self._candidate(path, with_signatures=not target) for path in spares]
+        candidates = [self._candidate(path, self._is_new(target, path)) for path in spares]
         if main is None:
             # An interrupted removal has left spares that nobody may have named.
             known = {candidate.info.devno for candidate in candidates}
@@ -447,6 +607,29 @@ class Engine:
             healer=self.healer_runs(),
         )
 
+    def see_spare(self, name: str, device: str, replaces: str | None, add: bool) -> SpareSeen:
+        """Observe what a change of an active target's spares is about.
+
+        Args:
+            name: the target.
+            device: the spare's path, or the UUID of one that is lost.
+            replaces: the same of the one that it stands in for.
+            add: whether the device is to be a spare.
+
+        Raises:
+            Refused: there is no such target.
+        """
+        target = self.require(name)
+        devnos = {}
+        for path in (device, replaces):
+            with contextlib.suppress(DmRemapError, OSError):
+                devnos[path or ""] = self._blocks.describe(path or "").devno
+        known = planner.spare_index(target, device, devnos.get(device, ""))
+        candidate = None
+        if add and known is None and device in devnos:
+            candidate = self._candidate(device, with_signatures=True)
+        return SpareSeen(target, candidate, devnos)
+
     def healer_runs(self) -> bool:
         """Whether the daemon that heals held I/O runs on this host."""
         try:
@@ -457,6 +640,12 @@ class Engine:
         except OSError:
             return False
         return False
+
+    def _is_new(self, target: ActiveTarget | None, path: str) -> bool:
+        """Whether a device is no spare of the target yet."""
+        if target is None:
+            return True
+        return planner.spare_index(target, path, self._blocks.describe(path).devno) is None
 
     def _spares_of(self, name: str, remains: Sequence[str]) -> Iterator[str]:
         """Nodes of the spares that remaining devices of target ``name`` use."""
@@ -479,16 +668,39 @@ class Engine:
                     raise
         return Candidate(info, signatures, survey)
 
-    def _active_spares(self, target: MappedDevice) -> tuple[ActiveSpare, ...]:
+    def _look_at_spares(self, target: MappedDevice) -> list[_Look]:
         found = []
         for index in range(stack.MAX_SPARES):
-            device = self._part(target, stack.spare_name(target.name, index))
-            if device is None or not device.live_table:
-                continue
-            path = self._below(stack.data_name(target.name, index))
-            candidate = self._candidate(path, with_signatures=False)
-            found.append(ActiveSpare(index, device.devno, candidate))
-        return tuple(found)
+            names = stack.spare_part_names(target.name, index)
+            upper, data, tags = (self._part(target, name) for name in names)
+            if upper or data or tags:
+                found.append(self._look_at_spare(target.name, index, upper, data))
+        return found
+
+    def _look_at_spare(
+        self, name: str, index: int, upper: MappedDevice | None, data: MappedDevice | None
+    ) -> _Look:
+        look = _Look(
+            index=index,
+            devno=upper.devno if upper and upper.live_table else "",
+            suspended=bool(upper and upper.suspended),
+        )
+        if data is None or not data.live_table:
+            return replace(look, trouble="has no device in the kernel")
+        below = mapping.linear_target(self._mapper.table(data.name)[0])[0]
+        look = replace(look, below=below)
+        try:
+            candidate = self._candidate(self._blocks.node_of(below), with_signatures=False)
+        except (DmRemapError, OSError) as error:
+            return replace(look, trouble=f"is gone: {error}")
+        look = replace(look, path=candidate.info.path)
+        failed = candidate.survey.failed
+        if not candidate.survey.copies and all(
+            copy.diagnosis is Diagnosis.UNREADABLE for copy in failed
+        ):
+            return replace(look, trouble="cannot be read")
+        trouble = "" if look.devno else "has no device in the kernel"
+        return replace(look, candidate=candidate, trouble=trouble)
 
     def _below(self, name: str) -> str:
         """Node of the device under a linear one of ours."""
@@ -531,16 +743,21 @@ class Engine:
 
     # Targets
 
-    def apply(self, plan: Plan) -> None:
-        """Carry out a plan for a target's presence or absence; the caller holds its lock.
+    def apply(self, plan: Plan) -> list[RemappedChunk]:
+        """Carry out a plan for a target or its spares; the caller holds its lock.
+
+        Returns:
+            What became of the chunks that had to leave a spare.
 
         Raises:
             DmRemapError: a step failed; what was done so far stays, and a new plan continues.
         """
+        chunks: list[RemappedChunk] = []
         for action in plan.actions:
             self._progress(f"{action.kind} {action.device}")
-            getattr(self, f"_do_{action.kind}")(plan, action)
+            chunks += getattr(self, f"_do_{action.kind}")(plan, action) or []
             self._step(action.kind)
+        return chunks
 
     def _do_remove_remains(self, plan: Plan, action: planner.Action) -> None:
         if self._existing(action.device).suspended:
@@ -552,7 +769,13 @@ class Engine:
         self._wipe_copies(action.device)
 
     def _do_wipe_metadata(self, plan: Plan, action: planner.Action) -> None:
-        self._wipe_copies(action.device)
+        try:
+            self._wipe_copies(action.device)
+        except DmRemapError as error:
+            if plan.after["generation"] is None:
+                raise
+            # The target goes on without this spare, and its copies count for nothing any more.
+            self._progress(str(error))
 
     def _wipe_copies(self, path: str) -> None:
         with self._blocks.BlockDevice(path, writable=True) as device:
@@ -605,18 +828,104 @@ class Engine:
         )
 
     def _do_deactivate_spare(self, plan: Plan, action: planner.Action) -> None:
-        index = _index_of(plan, action.device)
-        for name in (
-            stack.spare_name(plan.name, index),
-            stack.data_name(plan.name, index),
-            stack.tags_name(plan.name, index),
-        ):
-            self._mapper.remove(name)
+        upper = action.details["name"]
+        uuid_of_target = _dm_uuid(_metadata_of(plan))
+        for name in (upper, f"{upper}-data", f"{upper}-tags"):
+            device = self._mapper.info(name)
+            if device and device.uuid == stack.part_uuid(uuid_of_target, plan.name, name):
+                self._mapper.remove(name)
+
+    def _do_add_spare(self, plan: Plan, action: planner.Action) -> None:
+        target, index = self.require(plan.name), action.details["index"]
+        entry = _metadata_of(plan).config["spares"][index]
+        new = self._with_entry(target.metadata, index, entry)
+        current = target.metadata
+        infos = {spare.index: spare.candidate.info for spare in target.spares}
+        with contextlib.ExitStack() as members:
+            opened = self._open_members(members, {**infos, index: plan.spares[index]})
+            # First the new one alone: a spare that others name is never without metadata.
+            alone = {index: opened.pop(index)}
+            prepared = copies.prepare_commit(alone, current, new, {index})
+            copies.prepare_commit(opened, current, new, self._stale(target))
+            prepared.write(self._step)
+            self._commit(target, opened, current, new)
+        self.backup(new)
+
+    def _do_remove_spare(self, plan: Plan, action: planner.Action) -> None:
+        target, index = self.require(plan.name), action.details["index"]
+        new = self._with_entry(target.metadata, index, None)
+        infos = {s.index: s.candidate.info for s in target.spares if s.index != index}
+        with contextlib.ExitStack() as members:
+            opened = self._open_members(members, infos)
+            self._commit(target, opened, target.metadata, new)
+        self.backup(new)
+        left = tuple(spare for spare in target.spares if spare.index != index)
+        if target.main is None:
+            # The freezing devices may hand flushes to the spare that goes.
+            self._freezer.park(replace(target, spares=left, lost_spares=()), anew=True)
+
+    def _with_entry(self, metadata: Metadata, index: int, entry: Any) -> Metadata:
+        """The next generation, with another entry in its list of spares."""
+        entries = list(metadata.config["spares"])
+        entries += [None] * (index + 1 - len(entries))
+        entries[index] = entry
+        config = {**metadata.config, "spares": entries}
+        return metadata.successor(time.time_ns(), host_id=host_id(), config=config)
+
+    def _do_drain_spare(self, plan: Plan, action: planner.Action) -> list[RemappedChunk]:
+        return self._empty_spare(plan, action, frozenset())
+
+    def _do_discard_chunks(self, plan: Plan, action: planner.Action) -> list[RemappedChunk]:
+        return self._empty_spare(plan, action, frozenset({action.details["index"]}))
+
+    def _empty_spare(
+        self, plan: Plan, action: planner.Action, discard: frozenset[int]
+    ) -> list[RemappedChunk]:
+        """Move all chunks off a spare, some in each freeze."""
+        target, index = self.require(plan.name), action.details["index"]
+        self._check_freezing_names(target)
+        _lock_memory()
+        route = Route(
+            avoid=frozenset(action.details["avoid"]),
+            prefer=frozenset(action.details["prefer"]),
+            discard=discard,
+        )
+        lost = {spare.index: spare.reason for spare in target.lost_spares}
+        if (index in lost) != bool(discard):
+            raise DmRemapError(
+                lost.get(index, "can be read again, so nothing on it is given up"),
+                device=action.device,
+                remedy="look at the target again and decide anew",
+            )
+        chunks = planner.chunks_on(target.metadata, index)
+        done: list[RemappedChunk] = []
+        with contextlib.ExitStack() as opened:
+            disks = opened.enter_context(self.opened(target))
+            opened.enter_context(self._guarded(target, disks))
+            for first in range(0, len(chunks), planner.DRAIN_CHUNKS):
+                batch = chunks[first : first + planner.DRAIN_CHUNKS]
+                with self._mapper.events() as events:
+                    moved = self.move(target, disks, batch, Patience(), events, route=route)
+                choice = replace(target.choice, metadata=moved.metadata)
+                target = replace(target, choice=choice, table=())
+                done += moved.chunks
+                self._progress(f"{len(done)} of {len(chunks)} chunks have left {action.device}")
+                self.backup(moved.metadata)
+        return done
 
     def _do_commit_metadata(self, plan: Plan, action: planner.Action) -> None:
         draft = replace(_metadata_of(plan), timestamp_ns=time.time_ns(), host_id=host_id())
         with contextlib.ExitStack() as stack:
-            copies.commit(self._open_members(stack, plan.spares), None, draft, step=self._step)
+            done = copies.commit(
+                self._open_members(stack, plan.spares), None, draft, step=self._step
+            )
+        for index, rewrite in done.items():
+            if rewrite.left_out:
+                raise DmRemapError(
+                    f"took no metadata of the new target: {rewrite.left_out}",
+                    device=plan.spares[index].path,
+                    remedy="give another spare, with wipe: true for the others",
+                )
         self.backup(draft)
 
     def _do_repair_metadata(self, plan: Plan, action: planner.Action) -> None:
@@ -626,8 +935,19 @@ class Engine:
                 surveys[info.path] = copies.survey(device)
         index = _index_of(plan, action.device)
         spare_uuid = spare_uuid_of(_metadata_of(plan), index)
-        with self._blocks.BlockDevice(action.device, writable=True) as device:
-            copies.repair(device, copies.choose(surveys), spare_uuid)
+        choice = copies.choose(surveys)
+        others = [
+            path for path in choice.spares.values() if path not in (*choice.stale, action.device)
+        ]
+        try:
+            with self._blocks.BlockDevice(action.device, writable=True) as device:
+                copies.repair(device, choice, spare_uuid)
+        except copies.CommitFailed as error:
+            if not others:
+                raise
+            # It stays behind, as a spare that a commit left out.
+            self._left_out.setdefault(choice.metadata.target_uuid, set()).add(index)
+            self._progress(str(error))
 
     def _do_create_target(self, plan: Plan, action: planner.Action) -> None:
         if plan.main is None:
@@ -696,20 +1016,30 @@ class Engine:
                 self._mapper.remove(part)
 
     def _do_thaw(self, plan: Plan, action: planner.Action) -> None:
-        self._end_freeze(plan.name)
+        given_up = action.details.get("without", ())
+        self._end_freeze(plan.name, set(range(stack.MAX_SPARES)).difference(given_up))
 
     def _do_tidy(self, plan: Plan, action: planner.Action) -> None:
-        self._freezer.park(self.require(plan.name))
+        target = self.require(plan.name)
+        self._resume_spares(target)
+        self._freezer.park(target)
+
+    def _resume_spares(self, target: ActiveTarget) -> None:
+        """Resume spares that an interruption left suspended."""
+        for index in range(stack.MAX_SPARES):
+            device = self._part(target.device, stack.spare_name(target.name, index))
+            if device and device.suspended:
+                self._mapper.swap(device.name)
 
     def _do_update_config(self, plan: Plan, action: planner.Action) -> None:
-        with contextlib.ExitStack() as opened:
-            members = self._open_members(opened, plan.spares)
-            surveys = {member.name: copies.survey(member) for member in members.values()}
-            current = copies.choose(surveys).metadata
-            new = current.successor(
-                time.time_ns(), host_id=host_id(), config=_metadata_of(plan).config
-            )
-            copies.commit(members, current, new, step=self._step)
+        target = self.require(plan.name)
+        settings = {key: value for key, value in action.details.items() if key != "generation"}
+        new = target.metadata.successor(
+            time.time_ns(), host_id=host_id(), config={**target.metadata.config, **settings}
+        )
+        infos = {spare.index: spare.candidate.info for spare in target.spares}
+        with contextlib.ExitStack() as members:
+            self._commit(target, self._open_members(members, infos), target.metadata, new)
         self.backup(new)
 
     def _do_hold_errors(self, plan: Plan, action: planner.Action) -> None:
@@ -836,21 +1166,76 @@ class Engine:
             Refused: nothing was changed.
             DmRemapError: a step failed; the target is as its metadata says.
         """
+        return self._by_plan(
+            name,
+            lambda target, generation: planner.plan_remap(target, ranges, generation),
+            ranges,
+            expected_generation,
+            patience or Patience(),
+        )
+
+    def return_to_main(
+        self,
+        name: str,
+        ranges: Sequence[tuple[int, int]],
+        expected_generation: int | None = None,
+        patience: Patience | None = None,
+    ) -> RemapReport:
+        """Move every chunk that ``ranges`` touch from its spare to main; the caller holds the lock.
+
+        A chunk that has a sector which cannot be read, or whose place on main does not keep its
+        data, stays where it is; the report says why. The arguments and errors are those of `remap`.
+        """
+        return self._by_plan(
+            name,
+            lambda target, generation: self.plan_return(target, ranges, generation),
+            ranges,
+            expected_generation,
+            patience or Patience(),
+            Route(to_main=True),
+        )
+
+    def plan_return(
+        self,
+        target: ActiveTarget,
+        ranges: Sequence[tuple[int, int]],
+        expected_generation: int | None = None,
+    ) -> Plan:
+        """Plan the return of chunks to main, but for those with sectors that cannot be read."""
+        lost = extents.merge_sectors(self.lost_before(target, ranges))
+        return planner.plan_return(target, ranges, expected_generation, lost)
+
+    def _by_plan(
+        self,
+        name: str,
+        plan_for: Callable[[ActiveTarget, int | None], Plan],
+        ranges: Sequence[tuple[int, int]],
+        expected_generation: int | None,
+        patience: Patience,
+        route: Route = TO_SPARES,
+    ) -> RemapReport:
         begun = time.monotonic()
         target = self.require(name)
-        first = planner.plan_remap(target, ranges, expected_generation)
+        first = plan_for(target, expected_generation)
         upkeep = planner.plan_upkeep(target)
         self.apply(upkeep)
         _lock_memory()
         if upkeep.changes:
             target = self.require(name)
-        plan = planner.plan_remap(target, ranges)
+        plan = plan_for(target, None)
         lost_before = self.lost_before(target, ranges)
-        report = self._remap(target, plan, patience or Patience())
+        report = self._carry_out(target, plan, patience, route)
         report.plan = replace(
-            report.plan, before=first.before, actions=upkeep.actions + report.plan.actions
+            report.plan,
+            before=first.before,
+            actions=upkeep.actions + report.plan.actions,
+            warnings=(*first.warnings, *report.plan.warnings),
         )
         report.lost_before = lost_before
+        if route.to_main:
+            report.chunks = sorted(
+                [*report.chunks, *staying(target, lost_before)], key=lambda chunk: chunk.chunk
+            )
         report.seconds = time.monotonic() - begun
         return report
 
@@ -882,36 +1267,53 @@ class Engine:
                 if not _reads(device, sector, block)
             ]
 
-    def _remap(self, target: ActiveTarget, plan: Plan, patience: Patience) -> RemapReport:
-        if not plan.placed:
+    def _carry_out(
+        self, target: ActiveTarget, plan: Plan, patience: Patience, route: Route
+    ) -> RemapReport:
+        chunks = [
+            action.details["chunk"]
+            for action in plan.actions
+            if action.kind in ("remap_chunk", "return_chunk")
+        ]
+        if not chunks:
             return RemapReport(planner.remap_actions(target, (), ()))
         self._check_freezing_names(target)
-        chunks = [extent.logical for extent in plan.placed]
         with contextlib.ExitStack() as opened:
-            disks = opened.enter_context(self.opened(target))
+            disks = opened.enter_context(self.opened(target, main_writable=route.to_main))
             events = opened.enter_context(self._mapper.events())
-            opened.enter_context(self._guarded(plan.name))
-            moved = self.move(target, disks, chunks, patience, events)
-        self.backup(moved.metadata)
+            opened.enter_context(self._guarded(target, disks))
+            moved = self.move(target, disks, chunks, patience, events, route=route)
+        if moved.metadata is not target.metadata:
+            self.backup(moved.metadata)
+        if route.to_main:
+            done = planner.return_actions(target, [c.chunk for c in moved.chunks if c.moved])
+        else:
+            done = planner.remap_actions(target, moved.extents, moved.lost)
         return RemapReport(
-            plan=planner.remap_actions(target, moved.extents, moved.lost),
+            plan=replace(done, warnings=tuple(moved.left_out.values())),
             chunks=moved.chunks,
             salvage_seconds=moved.salvage_seconds,
             pause_seconds=moved.pause_seconds,
         )
 
     @contextlib.contextmanager
-    def opened(self, target: ActiveTarget) -> Iterator[Disks]:
+    def opened(self, target: ActiveTarget, main_writable: bool = False) -> Iterator[Disks]:
         """Open what a move reads and writes.
 
+        Args:
+            target: the target.
+            main_writable: open main for a move to it.
+
         Raises:
-            DmRemapError: a device cannot be opened, or no chunk is on main.
+            DmRemapError: a device cannot be opened.
         """
-        if target.main is None:
-            raise DmRemapError("its main is not known", device=target.name)
         with contextlib.ExitStack() as opened:
             yield Disks(
-                main=opened.enter_context(self._blocks.BlockDevice(target.main.path)),
+                main=opened.enter_context(
+                    self._blocks.BlockDevice(target.main.path, writable=main_writable)
+                )
+                if target.main
+                else None,
                 spares={
                     spare.index: opened.enter_context(
                         self._blocks.BlockDevice(self._blocks.node_of(spare.devno), writable=True)
@@ -932,24 +1334,27 @@ class Engine:
         events: Any = None,
         wanted: Callable[[int, Salvage], bool] = lambda chunk, salvage: True,
         release: Callable[[], None] | None = None,
+        route: Route = TO_SPARES,
     ) -> Moved:
-        """Move chunks from main to spares; the caller holds the lock.
+        """Move chunks from where they are to spares or to main; the caller holds the lock.
 
         Held I/O goes on as soon as the chunks are frozen, that to the chunks when they are moved.
 
         Args:
             target: the target, of whose chunks none is frozen.
-            disks: its open devices.
-            chunks: logical chunks that are on main.
+            disks: its open devices; main is writable for a move to it.
+            chunks: logical chunks, ascending; for a move to main they are on spares.
             patience: how hard to try to read failing blocks.
             events: what `DeviceMapper.events` gave, for a target that udev must be told about.
             wanted: says of a chunk that was read whether it is to be moved after all.
             release: lets held I/O go on, in place of the method of that name.
+            route: where the chunks may go.
 
         Raises:
             DmRemapError: a step failed; the chunks are where the metadata says.
         """
         begun = time.monotonic()
+        attempted: set[int] = set()
         try:
             # A salvage may take its budget twice over before what waits fails.
             seconds = max(FREEZE_SECONDS, 2 * patience.budget)
@@ -958,15 +1363,15 @@ class Engine:
                 release()
             else:
                 self.release(target)
-            new, works, salvage_seconds = self._carry(target, disks, chunks, patience, wanted)
-            self._freezer.thaw(target, new, chunks, events)
+            carried = self._carry(target, disks, chunks, patience, wanted, route, attempted)
+            self._freezer.thaw(target, carried.metadata, chunks, events)
         except BaseException:
             # Only the metadata on the spares can say now where the chunks are.
-            self._end_freeze(target.name)
+            self._end_freeze(target.name, attempted)
             raise
         pause_seconds = time.monotonic() - begun
         self._freezer.park(target)
-        return _moved(new, works, salvage_seconds, pause_seconds)
+        return replace(carried, pause_seconds=pause_seconds)
 
     def move_held(
         self,
@@ -983,13 +1388,14 @@ class Engine:
         arguments and errors are those of `move`; the caller has made sure that the path is failed.
         """
         begun = time.monotonic()
+        attempted: set[int] = set()
         try:
             # Waits for what is in flight, and lets nothing through that was on its way.
             self._mapper.suspend(target.map.name)
             self._step("suspended")
-            new, works, salvage_seconds = self._carry(target, disks, chunks, patience, wanted)
-            if works:
-                self._mapper.load(target.map.name, target.map_table(new))
+            carried = self._carry(target, disks, chunks, patience, wanted, TO_SPARES, attempted)
+            if carried.extents:
+                self._mapper.load(target.map.name, target.map_table(carried.metadata))
             self._mapper.swap(target.map.name)
             self._step("swapped")
         except Unfinished:
@@ -997,13 +1403,13 @@ class Engine:
             self._mapper.swap(target.map.name)
             raise
         except BaseException:
-            self._end_freeze(target.name)
+            self._end_freeze(target.name, attempted)
             raise
         if release:
             release()
         else:
             self.release(target)
-        return _moved(new, works, salvage_seconds, time.monotonic() - begun)
+        return replace(carried, pause_seconds=time.monotonic() - begun)
 
     def _carry(
         self,
@@ -1012,30 +1418,144 @@ class Engine:
         chunks: Sequence[int],
         patience: Patience,
         wanted: Callable[[int, Salvage], bool],
-    ) -> tuple[Metadata, list[_Work], float]:
+        route: Route,
+        attempted: set[int],
+    ) -> Moved:
         """Copy chunks that nobody can write to now, and commit where they are.
 
-        Returns the generation that counts then, what was moved, and the seconds until the commit.
+        Args:
+            target: the target.
+            disks: its open devices.
+            chunks: logical chunks.
+            patience: how hard to try to read failing blocks.
+            wanted: says of a chunk that was read whether it is to be moved after all.
+            route: where the chunks may go.
+            attempted: gets the indexes of spares that a commit was begun on.
         """
-        if target.main is None:
-            raise AssertionError("a target with chunks on main has a main")
-        metadata = target.metadata
         begun = time.monotonic()
         works = []
+        lost = [(item.sector, item.count) for item in target.metadata.lost]
         for chunk in chunks:
-            works.append(self._salvage_chunk(metadata, target.name, chunk, disks.main, patience))
+            works.append(self._salvage_chunk(target, chunk, lost, disks, patience, route))
             self._step("salvaged")
-        _confirm_losses(disks.main, works, target.main)
+        _confirm_losses(target, disks, works, route)
         works = [work for work in works if wanted(work.chunk, work.salvage)]
-        if not works:
-            return metadata, works, time.monotonic() - begun
-        self._write_chunks(works, target, disks)
-        self._step("data_flushed")
-        salvage_seconds = time.monotonic() - begun
-        new = self._next(metadata, works)
-        copies.commit(disks.members, metadata, new, self._step)
-        self._step("committed")
-        return new, works, salvage_seconds
+        stay: dict[int, str] = {}
+        if route.to_main:
+            stay = self._write_to_main(works, _main_of(disks))
+        moving = [work for work in works if work.chunk not in stay]
+        new, left_out, written = self._settle(moving, target, disks, route, attempted)
+        return Moved(
+            metadata=new,
+            chunks=[_report(work, stay.get(work.chunk, "")) for work in works],
+            extents=[work.place for work in moving if work.place],
+            salvage_seconds=(written or time.monotonic()) - begun,
+            pause_seconds=0.0,
+            left_out=left_out,
+        )
+
+    def _settle(
+        self,
+        works: Sequence[_Work],
+        target: ActiveTarget,
+        disks: Disks,
+        route: Route,
+        attempted: set[int],
+    ) -> tuple[Metadata, dict[int, str], float]:
+        """Write chunks to their places and commit these.
+
+        A spare that took data but not the commit has failed, and its chunks are settled once more
+        on others, if there is room: their data is still here.
+
+        Args:
+            works: the chunks.
+            target: where they belong.
+            disks: its open devices.
+            route: where they may go.
+            attempted: gets the indexes of spares that a commit was begun on.
+
+        Returns:
+            The generation, the spares that did not take it, and when the data was written.
+        """
+        new, left_out, written = target.metadata, dict[int, str](), 0.0
+        pending = list(works)
+        while pending:
+            if not route.to_main:
+                before = [work.place for work in pending]
+                try:
+                    self._write_chunks(pending, target, new, disks, route)
+                except DmRemapError:
+                    if new is target.metadata:
+                        raise
+                    for work, place in zip(pending, before):
+                        work.place = place
+                    break
+            self._step("data_flushed")
+            written = written or time.monotonic()
+            successor = self._next(new, works)
+            attempted |= set(disks.members)
+            left_out = self._commit(target, disks.members, new, successor)
+            new = successor
+            self._step("committed")
+            pending = [work for work in works if work.place and work.place.spare in left_out]
+            route = replace(route, avoid=route.avoid | set(left_out))
+        return new, left_out, written
+
+    def _commit(
+        self,
+        target: ActiveTarget,
+        members: Mapping[int, OpenDevice],
+        current: Metadata,
+        new: Metadata,
+    ) -> dict[int, str]:
+        """Commit to all spares; why some did not take it, by index.
+
+        Raises:
+            DmRemapError: none took it, or what is on one contradicts what is known.
+        """
+        stale = self._stale(target) & set(members)
+        done = copies.commit(members, current, new, self._step, stale)
+        left_out = {index: rewrite.left_out for index, rewrite in done.items() if rewrite.left_out}
+        self._left_out[new.target_uuid] = set(left_out)
+        for reason in left_out.values():
+            self._progress(f"a spare did not take generation {new.generation}: {reason}")
+        return left_out
+
+    def _stale(self, target: ActiveTarget) -> set[int]:
+        """Indexes of spares that are known to be behind."""
+        return self._left_out.get(target.metadata.target_uuid, set()) | target.behind
+
+    def _write_to_main(self, works: Sequence[_Work], main: OpenDevice) -> dict[int, str]:
+        """Write chunks to their places on main and read them back, twice; why some failed there.
+
+        Nothing but the chunk's own data is ever written to main, so this is the test of the place
+        too.
+        """
+        failed = {}
+        for work in works:
+            if work.salvage.lost:
+                failed[work.chunk] = f"{_shown(work.lost)} cannot be read; write them first"
+        for _turn in range(2):
+            fit = [work for work in works if work.chunk not in failed]
+            for work in fit:
+                try:
+                    main.write(work.start, bytes(work.salvage.data))
+                except OSError as error:
+                    failed[work.chunk] = f"its place on main cannot be written: {error}"
+            try:
+                main.flush()
+            except OSError as error:
+                failed.update({work.chunk: f"main cannot be flushed: {error}" for work in fit})
+            for work in fit:
+                if work.chunk in failed:
+                    continue
+                try:
+                    if main.read(work.start, work.length) != work.salvage.data:
+                        failed[work.chunk] = "its place on main gives back other data"
+                except OSError as error:
+                    failed[work.chunk] = f"its place on main cannot be read: {error}"
+            self._step("main_written")
+        return failed
 
     def _check_freezing_names(self, target: ActiveTarget) -> None:
         for name in (stack.frozen_name(target.name), stack.place_name(target.name)):
@@ -1048,25 +1568,57 @@ class Engine:
 
     def _salvage_chunk(
         self,
-        metadata: Metadata,
-        name: str,
+        target: ActiveTarget,
         chunk: int,
-        main: OpenDevice,
+        lost: Sequence[tuple[int, int]],
+        disks: Disks,
         patience: Patience,
+        route: Route,
     ) -> _Work:
+        metadata = target.metadata
         chunk_sectors = metadata.config["chunk_sectors"]
         block_sectors = metadata.config["block_sectors"]
         start = chunk * chunk_sectors
         length = min(chunk_sectors, metadata.config["main"]["sectors"] - start)
-        self._progress(f"salvage chunk {chunk} of {name}")
-        return _Work(
+        source = extents.place_of(metadata.extents, chunk)
+        sector = source.physical * chunk_sectors if source else start
+        self._progress(f"salvage chunk {chunk} of {target.name}")
+        known = intersect_ranges(lost, (start, length)) if source else []
+        work = _Work(
             chunk=chunk,
             start=start,
             length=length,
-            salvage=salvage(main, start, length, block_sectors, patience),
+            salvage=begin(
+                sector,
+                length,
+                block_sectors,
+                [(first + sector - start, count) for first, count in known],
+                patience,
+            ),
+            source=source,
+            known=known,
         )
+        if source and source.spare in route.discard:
+            work.salvage.outcomes = [Outcome.LOST] * len(work.salvage.outcomes)
+            return work
+        if source and source.spare not in disks.spares:
+            raise DmRemapError(
+                f"chunk {chunk} is on spare {source.spare}, which cannot be used",
+                device=target.name,
+                remedy="attach that spare again, or remove it with discard_remaps: true",
+            )
+        device = disks.spares[source.spare] if source else _main_of(disks)
+        salvage(device, sector, length, block_sectors, patience, resume=work.salvage)
+        return work
 
-    def _write_chunks(self, works: Sequence[_Work], target: ActiveTarget, disks: Disks) -> None:
+    def _write_chunks(
+        self,
+        works: Sequence[_Work],
+        target: ActiveTarget,
+        metadata: Metadata,
+        disks: Disks,
+        route: Route,
+    ) -> None:
         """Give the chunks places, write what was read of them, and flush.
 
         A place that is bad itself, or that has old data where a lost sector must read as an error
@@ -1076,18 +1628,21 @@ class Engine:
             Refused: the spares have too few free chunks.
             DmRemapError: no spare can be written.
         """
-        metadata = target.metadata
-        usable = planner.usable_geometries(target)
+        usable = {
+            index: geometry
+            for index, geometry in planner.usable_geometries(target).items()
+            if index not in route.avoid
+        }
         shunned: list[tuple[int, int]] = []
         faults: dict[int, OSError] = {}
         bad_places: Counter[int] = Counter()
         pending = list(works)
         while pending:
-            settled = [work.extent for work in works if work not in pending]
-            self._place_chunks(
-                pending, [*metadata.extents, *settled], target, usable, shunned, faults
-            )
-            dirty = []
+            unsettled = {work.chunk for work in pending}
+            settled = [work.extent for work in works if work.chunk not in unsettled]
+            taken = [*metadata.extents, *settled]
+            self._place_chunks(pending, taken, target, usable, shunned, faults, route.prefer)
+            dirty: set[int] = set()
             for work in pending:
                 index = work.extent.spare
                 if index not in usable:
@@ -1096,7 +1651,7 @@ class Engine:
                     _try_place(work, disks.members[index], usable[index])
                 except OSError as error:
                     faults[index] = error
-                    dirty.append(work)
+                    dirty.add(work.chunk)
                     shunned.append((index, work.extent.physical))
                     bad_places[index] += 1
                     if bad_places[index] == _BAD_PLACES or error.errno not in MEDIUM_ERRORS:
@@ -1104,7 +1659,7 @@ class Engine:
                     continue
                 try:
                     if not self._write_chunk(work, target, disks, usable[index]):
-                        dirty.append(work)
+                        dirty.add(work.chunk)
                         shunned.append((index, work.extent.physical))
                 except OSError as error:
                     faults[index] = error
@@ -1113,13 +1668,13 @@ class Engine:
                 try:
                     disks.spares[index].flush()
                     for work in pending:
-                        if work.extent.spare == index and work not in dirty:
+                        if work.extent.spare == index and work.chunk not in dirty:
                             _check_chunk(work, disks.spares[index], metadata)
                 except OSError as error:
                     faults[index] = error
                     usable.pop(index)
             # A spare that fails takes the chunks with it that it had taken before.
-            pending = [w for w in works if w in dirty or w.extent.spare not in usable]
+            pending = [w for w in works if w.chunk in dirty or w.extent.spare not in usable]
 
     def _place_chunks(
         self,
@@ -1129,11 +1684,11 @@ class Engine:
         usable: Mapping[int, Geometry],
         shunned: Sequence[tuple[int, int]],
         faults: Mapping[int, OSError],
+        prefer: Collection[int],
     ) -> None:
         try:
-            placed = planner.allocate(
-                target.metadata, [work.chunk for work in works], usable, taken, shunned
-            )
+            chunks = [work.chunk for work in works]
+            placed = planner.choose_places(target.metadata, chunks, usable, taken, shunned, prefer)
         except Refused as error:
             for spare in target.spares:
                 if spare.index in faults:
@@ -1175,7 +1730,8 @@ class Engine:
 
     def _next(self, metadata: Metadata, works: Sequence[_Work]) -> Metadata:
         successor = metadata.successor(time.time_ns(), host_id=host_id())
-        return planner.with_remaps(successor, *_outcome(works))
+        moves = {work.chunk: work.place for work in works}
+        return planner.with_moves(successor, moves, [item for w in works for item in w.lost])
 
     def _open_members(
         self, stack: contextlib.ExitStack, spares: Mapping[int, DeviceInfo]
@@ -1186,11 +1742,12 @@ class Engine:
         }
 
     @contextlib.contextmanager
-    def _guarded(self, name: str) -> Iterator[None]:
-        """Keep a process that ends the freeze of target ``name`` if this one dies in the block.
+    def _guarded(self, target: ActiveTarget, disks: Disks) -> Iterator[None]:
+        """Keep a process that ends the freeze of the target if this one dies in the block.
 
         It has the target's lock too, so nobody else gets it before the freeze has ended.
         """
+        name = target.name
         if not self._guard:
             yield
             return
@@ -1204,7 +1761,7 @@ class Engine:
                 _lock_memory()
                 # The end of the pipe without a word is the end of the other process.
                 if not os.read(ours, 1):
-                    self._end_freeze(name)
+                    self._end_freeze(name, disks.members)
                 code = 0
             finally:
                 os._exit(code)
@@ -1230,35 +1787,32 @@ class Engine:
         except DmRemapError:
             return True
 
-    def _end_freeze(self, name: str) -> None:
-        """End a freeze that was interrupted, as the metadata on the spares has it."""
+    def _end_freeze(self, name: str, members: Collection[int] | None = None) -> None:
+        """End a freeze that was interrupted, as the metadata on the spares has it.
+
+        Args:
+            name: the target.
+            members: indexes of the spares that a commit may have been begun on; None for all.
+        """
         try:
             target = self.require(name)
+            self._resume_spares(target)
             chunks = held_chunks(target)
             if not chunks and not target.map.suspended:
                 self._freezer.park(target)
                 return
-            on_main = [c for c in chunks if extents.find(target.metadata.extents, c) is None]
-            if on_main and target.choice.missing:
+            hiding = [i for i in target.choice.missing if members is None or i in members]
+            if hiding:
                 # A newer generation may be there, and would later show the chunks' old data.
                 raise DmRemapError(
-                    f"spares {list(target.choice.missing)} cannot be read, and may have a newer "
-                    f"generation that says where chunks {on_main} are",
+                    f"spares {hiding} cannot be read, and may have a newer generation that says "
+                    f"where chunks {chunks} are",
                     device=name,
-                    remedy="attach the spares again; until then these chunks fail",
+                    remedy="attach the spares again, or remove them with discard_remaps: true; "
+                    "until then these chunks fail",
                 )
-            if target.map.suspended and target.choice.missing:
-                raise DmRemapError(
-                    f"spares {list(target.choice.missing)} cannot be read, and may have a newer "
-                    "generation that says where a chunk is",
-                    device=name,
-                    remedy="attach the spares again; until then the target waits",
-                )
-            # A generation that was begun must be on all copies before its mapping is used.
-            upkeep = planner.plan_upkeep(target)
-            for action in upkeep.actions:
-                if action.kind == "repair_metadata":
-                    self._do_repair_metadata(upkeep, action)
+            # A generation that was begun must be durable before its mapping is used.
+            self._repair_all(target)
             with self._mapper.events() as events:
                 if chunks:
                     self._freezer.thaw(target, target.metadata, chunks, events)
@@ -1269,6 +1823,17 @@ class Engine:
         except BaseException:
             self._fail_frozen(name)
             raise
+
+    def _repair_all(self, target: ActiveTarget) -> None:
+        """Bring all spares to the chosen generation, or at least one.
+
+        Raises:
+            DmRemapError: no spare holds it whole.
+        """
+        upkeep = planner.plan_upkeep(target)
+        for action in upkeep.actions:
+            if action.kind == "repair_metadata":
+                self._do_repair_metadata(upkeep, action)
 
     def _fail_frozen(self, name: str) -> None:
         device = self._existing(name)
@@ -1326,6 +1891,19 @@ def _metadata_of(plan: Plan) -> Metadata:
 
 def _index_of(plan: Plan, path: str) -> int:
     return next(index for index, info in plan.spares.items() if info.path == path)
+
+
+def _main_of(disks: Disks) -> OpenDevice:
+    if disks.main is None:
+        raise AssertionError("a target with chunks on main, or to be moved there, has a main")
+    return disks.main
+
+
+def _agrees(target: ActiveTarget) -> bool:
+    """Whether the live map is that of the chosen generation."""
+    positions = {chunk: position for position, chunk in enumerate(held_chunks(target))}
+    devno = target.frozen.devno if target.frozen else ""
+    return list(target.table) == target.map_table(target.metadata, positions, devno)
 
 
 def _spare_sector(work: _Work, metadata: Metadata) -> int:
@@ -1394,55 +1972,97 @@ def _reads(device: OpenDevice, sector: int, count: int) -> bool:
     return True
 
 
-def _confirm_losses(main: OpenDevice, works: Sequence[_Work], info: DeviceInfo) -> None:
+def _confirm_losses(
+    target: ActiveTarget, disks: Disks, works: Sequence[_Work], route: Route
+) -> None:
     """Believe in losses only on a disk that answers before and after one more read of each.
 
-    A disk or path that went away for a while fails reads like bad blocks do.
+    A disk or path that went away for a while fails reads like bad blocks do. What is known to be
+    lost is read here once: it may have been written since.
     """
-    _check_alive(main, works, info)
+    sources: dict[int | None, list[_Work]] = {}
     for work in works:
-        work.salvage.read_again(main)
-    _check_alive(main, works, info)
+        index = work.source.spare if work.source else None
+        if index not in route.discard:
+            sources.setdefault(index, []).append(work)
+    for index, some in sources.items():
+        device = _main_of(disks) if index is None else disks.spares[index]
+        _check_alive(target, index, device, some)
+        for work in some:
+            work.salvage.read_again(device)
+        _check_alive(target, index, device, some)
 
 
-def _check_alive(main: OpenDevice, works: Sequence[_Work], info: DeviceInfo) -> None:
+def _check_alive(
+    target: ActiveTarget, index: int | None, device: OpenDevice, works: Sequence[_Work]
+) -> None:
     lost = [item for work in works for item in work.salvage.lost]
-    if lost and not answers(main, lost, info.block_sectors):
+    # A spare's unwritten blocks read as EILSEQ.
+    fine = (0,) if index is None else _TAG_ERRORS
+    if lost and not answers(device, lost, target.metadata.config["block_sectors"], fine):
+        path = target.main.path if target.main else target.name
+        if index is not None:
+            path = next(s.candidate.info.path for s in target.spares if s.index == index)
         raise DmRemapError(
             "reads fail everywhere, so it is the disk or its path and not a bad sector",
-            device=info.path,
+            device=path,
             remedy="check its cable, power and controller; nothing was changed",
         )
 
 
-def _outcome(works: Sequence[_Work]) -> tuple[list[Extent], list[tuple[int, int]]]:
-    """The new extents, and the sectors that are lost."""
-    return [work.extent for work in works], [item for w in works for item in w.salvage.lost]
-
-
-def _moved(
-    metadata: Metadata, works: Sequence[_Work], salvage_seconds: float, pause_seconds: float
-) -> Moved:
-    return Moved(
-        metadata=metadata,
-        chunks=[_report(work) for work in works],
-        extents=[work.extent for work in works],
-        salvage_seconds=salvage_seconds,
-        pause_seconds=pause_seconds,
-    )
-
-
-def _report(work: _Work) -> RemappedChunk:
+def _report(work: _Work, reason: str) -> RemappedChunk:
+    place = work.source if reason else work.place
     return RemappedChunk(
         chunk=work.chunk,
         start=work.start,
         count=work.length,
-        spare=work.extent.spare,
-        spare_chunk=work.extent.physical,
+        spare=place.spare if place else None,
+        spare_chunk=place.physical if place else None,
         recovered_first_read=work.salvage.count(Outcome.FIRST_READ),
         recovered_on_retry=work.salvage.count(Outcome.RETRY),
-        lost=work.salvage.lost,
+        lost=extents.without_sectors(work.lost, work.known),
+        lost_before=[item for piece in work.known for item in intersect_ranges(work.lost, piece)],
+        origin=work.source.spare if work.source else None,
+        moved=not reason,
+        reason=reason,
     )
+
+
+def staying(target: ActiveTarget, unreadable: Sequence[tuple[int, int]]) -> list[RemappedChunk]:
+    """The chunks that cannot return to main because sectors of them cannot be read."""
+    chunk_sectors = target.metadata.config["chunk_sectors"]
+    by_chunk: dict[int, list[tuple[int, int]]] = {}
+    for sector, count in unreadable:
+        by_chunk.setdefault(sector // chunk_sectors, []).append((sector, count))
+    found = []
+    for chunk, some in by_chunk.items():
+        lost = list(extents.merge_sectors(some))
+        place = extents.place_of(target.metadata.extents, chunk)
+        where = planner.where(target.metadata, chunk)
+        found.append(
+            RemappedChunk(
+                chunk=chunk,
+                start=where["start"],
+                count=where["count"],
+                spare=place.spare if place else None,
+                spare_chunk=place.physical if place else None,
+                recovered_first_read=0,
+                recovered_on_retry=0,
+                lost=[],
+                lost_before=lost,
+                origin=place.spare if place else None,
+                moved=False,
+                reason=f"{_shown(lost)} cannot be read; write them first",
+            )
+        )
+    return found
+
+
+def _shown(ranges: Sequence[tuple[int, int]]) -> str:
+    """Ranges of sectors in a sentence."""
+    first, more = ranges[0], len(ranges) - 1
+    text = f"sectors {first[0]}+{first[1]}"
+    return f"{text} and {count_of(more, 'more range')}" if more else text
 
 
 def _lock_memory() -> None:

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 
 from .errors import Refused
 from .format import Extent
@@ -46,6 +46,32 @@ def find(extents: Sequence[Extent], chunk: int) -> Extent | None:
     if position and chunk < extents[position - 1].logical + extents[position - 1].length:
         return extents[position - 1]
     return None
+
+
+def place_of(extents: Sequence[Extent], chunk: int) -> Extent | None:
+    """Where logical ``chunk`` is, as an extent of this one chunk, or None. They are sorted."""
+    found = find(extents, chunk)
+    return found and _part(found, chunk, chunk + 1)
+
+
+def without(extents: Iterable[Extent], chunks: Collection[int]) -> list[Extent]:
+    """The extents less some logical chunks."""
+    cut = sorted(set(chunks))
+    kept = []
+    for extent in extents:
+        first, end = extent.logical, extent.logical + extent.length
+        for chunk in cut[bisect_left(cut, first) : bisect_left(cut, end)]:
+            if first < chunk:
+                kept.append(_part(extent, first, chunk))
+            first = chunk + 1
+        if first < end:
+            kept.append(_part(extent, first, end))
+    return kept
+
+
+def _part(extent: Extent, first: int, end: int) -> Extent:
+    physical = extent.physical + first - extent.logical
+    return Extent(first, end - first, extent.spare, physical, extent.flags)
 
 
 def merge(extents: Iterable[Extent]) -> tuple[Extent, ...]:
@@ -99,3 +125,26 @@ def runs(numbers: Iterable[int]) -> list[tuple[int, int]]:
         else:
             found.append((number, 1))
     return found
+
+
+def without_sectors(
+    ranges: Iterable[tuple[int, int]], holes: Iterable[tuple[int, int]]
+) -> list[tuple[int, int]]:
+    """Ranges of sectors, sorted and joined, less other ones."""
+    kept = []
+    merged = merge_sectors(holes)
+    position = 0
+    for start, count in merge_sectors(ranges):
+        end = start + count
+        while position < len(merged) and sum(merged[position]) <= start:
+            position += 1
+        for hole in range(position, len(merged)):
+            first, length = merged[hole]
+            if first >= end:
+                break
+            if start < first:
+                kept.append((start, first - start))
+            start = max(start, first + length)
+        if start < end:
+            kept.append((start, end - start))
+    return kept

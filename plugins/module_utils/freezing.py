@@ -105,13 +105,19 @@ class Freezer:
         self._swap_map(target, target.map_table(metadata), events)
         self._step("swapped")
 
-    def park(self, target: ActiveTarget) -> None:
-        """Leave no table unused, and let the freezing devices hold no spare any more."""
+    def park(self, target: ActiveTarget, anew: bool = False) -> None:
+        """Leave no table unused, and let the freezing devices hold no spare any more.
+
+        Args:
+            target: the target, none of whose chunks is frozen.
+            anew: also where they are parked already, if they exist.
+        """
         for device in _own_parts(self._mapper, target):
             if device and device.inactive_table:
                 self._mapper.clear(device.name)
         place, frozen = stack.place_name(target.name), stack.frozen_name(target.name)
-        if not is_parked(self._mapper, target):
+        exists = self._mapper.info(place) is not None
+        if not is_parked(self._mapper, target) or (anew and exists):
             self._put(target, place, stack.place_table([], target.carrier))
             below = self._existing(place).devno
             self._put(target, frozen, stack.whole_table(stack.CARRIER_SECTORS, below))

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 
+from . import extents as runs
 from .devmapper import Segment
 from .format import Extent
 
@@ -61,7 +62,7 @@ def _chunk_runs(
     spares: Mapping[int, str],
     frozen_device: str,
 ) -> Iterable[tuple[int, int, str, int]]:
-    for extent in extents:
+    for extent in runs.without(extents, held):
         yield extent.logical, extent.length, spares.get(extent.spare, ""), extent.physical
     for chunk, position in held.items():
         yield chunk, 1, frozen_device, position

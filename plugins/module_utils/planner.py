@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import uuid
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
@@ -25,7 +25,7 @@ from .format import (
     plan_geometry,
 )
 from .mapping import build_table, describe_table
-from .stack import CARRIER_SECTORS, MAX_SPARES, PathState, spare_name
+from .stack import CARRIER_SECTORS, MAX_SPARES, PathState, spare_name, spare_part_names
 
 SECTOR_BYTES = 512
 MIN_CHUNK_BYTES = 4096
@@ -68,6 +68,42 @@ class ActiveSpare:
 
 
 @dataclass(frozen=True)
+class LostSpare:
+    """A configured spare of an active target that cannot be used now.
+
+    Args:
+        index: its position in the configuration.
+        devno: its integrity device, which gives errors; empty where there is none.
+        below: device number of the device that it stood on; empty where nobody knows.
+        path: that device, empty where it is gone.
+        reason: what is wrong with it.
+    """
+
+    index: int
+    devno: str
+    below: str
+    path: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Stray:
+    """Mapped devices of a spare that is not in the configuration: an interruption left them.
+
+    Args:
+        index: the position that they are named after.
+        path: the device below, empty where it is gone.
+        below: its device number.
+        marked: whether there is metadata on it.
+    """
+
+    index: int
+    path: str
+    below: str
+    marked: bool
+
+
+@dataclass(frozen=True)
 class ActiveTarget:
     """A target that device-mapper shows.
 
@@ -76,12 +112,16 @@ class ActiveTarget:
         map: the mapped device whose table is the map: NAME-map, or the target itself.
         table: the map's live table.
         main: the main, or None where every chunk is remapped.
-        spares: the spares that are active.
+        spares: the spares that can be used.
         choice: the metadata that was chosen among the spares' copies.
         path: state of the path that holds failed I/O; None where errors are passed on.
         shim: the device between the map and main.
         frozen: the device that the map sends frozen chunks to, where a move was interrupted.
         tidy: whether an interruption left nothing else in the kernel.
+        lost_spares: the spares that cannot be used.
+        strays: what is left of devices that are no spares yet, or any more.
+        certain: whether the live table agrees with the metadata. Where it does not and a spare is
+            lost, that one has a newer generation.
     """
 
     device: MappedDevice
@@ -94,6 +134,9 @@ class ActiveTarget:
     shim: MappedDevice | None = None
     frozen: MappedDevice | None = None
     tidy: bool = True
+    lost_spares: tuple[LostSpare, ...] = ()
+    strays: tuple[Stray, ...] = ()
+    certain: bool = True
 
     @property
     def name(self) -> str:
@@ -107,8 +150,21 @@ class ActiveTarget:
 
     @property
     def spare_devnos(self) -> dict[int, str]:
-        """Device numbers of the active spares' integrity devices, by index."""
-        return {spare.index: spare.devno for spare in self.spares}
+        """Device numbers of the spares' integrity devices, by index.
+
+        That of a lost spare is there too, because it gives the errors that its chunks must give.
+        """
+        lost = {spare.index: spare.devno for spare in self.lost_spares if spare.devno}
+        return {**lost, **{spare.index: spare.devno for spare in self.spares}}
+
+    @property
+    def behind(self) -> set[int]:
+        """Indexes of active spares that do not carry the chosen generation."""
+        return {
+            spare.index
+            for spare in self.spares
+            if spare.candidate.info.path in self.choice.stale or spare.index in self.choice.missing
+        }
 
     @property
     def upper_main(self) -> str:
@@ -120,7 +176,7 @@ class ActiveTarget:
     @property
     def carrier(self) -> str:
         """Device number of a device that flushes may go to: main, or a spare without one."""
-        return self.main.devno if self.main else self.spares[0].devno
+        return self.main.devno if self.main else next(iter(self.spare_devnos.values()))
 
     @property
     def errors(self) -> str:
@@ -243,6 +299,8 @@ class Plan:
         main: the target's main.
         spares: devices of the spares by index.
         placed: for a remap, the new extents of one chunk each.
+        final: where spares change, the metadata in the end; ``metadata`` has all spares, old and
+            new.
         warnings: what the user should know, but nothing is refused for.
     """
 
@@ -254,6 +312,7 @@ class Plan:
     main: DeviceInfo | None = None
     spares: Mapping[int, DeviceInfo] = field(default_factory=dict)
     placed: tuple[Extent, ...] = ()
+    final: Metadata | None = None
     warnings: tuple[str, ...] = ()
 
     @property
@@ -276,10 +335,10 @@ def plan_present(
     """
     _check_request(request)
     if seen.target:
-        return _plan_active(request, seen.target, seen)
+        return _plan_active(request, seen.target, seen, new_uuid)
     main = _present(seen.main, request.main)
     _check_names(seen)
-    _check_distinct(request, main, seen.candidates)
+    _check_distinct(main, seen.candidates)
     _check_unused(main, seen.remains, "main")
     for candidate in seen.candidates:
         _check_unused(candidate.info, seen.remains, "spare")
@@ -352,7 +411,8 @@ def _policies(request: Request, config: Mapping[str, Any]) -> dict[str, Any]:
 
 def _with_config(plan: Plan, changed: Mapping[str, Any]) -> Plan:
     """The plan for a target that exists, with a new generation where its configuration changes."""
-    metadata = plan.metadata
+    # Where spares change, the configuration is that of the last commit.
+    metadata = plan.final or plan.metadata
     if not metadata or not changed:
         return plan
     after = replace(
@@ -388,7 +448,7 @@ def _check_names(seen: Seen) -> None:
         )
 
 
-def _check_distinct(request: Request, main: DeviceInfo, spares: Sequence[Candidate]) -> None:
+def _check_distinct(main: DeviceInfo, spares: Sequence[Candidate]) -> None:
     seen: dict[str, str] = {}
     for candidate in spares:
         info = candidate.info
@@ -715,7 +775,9 @@ def _check_unchangeable(request: Request, metadata: Metadata) -> None:
         )
 
 
-def _plan_active(request: Request, target: ActiveTarget, seen: Seen) -> Plan:
+def _plan_active(
+    request: Request, target: ActiveTarget, seen: Seen, new_uuid: Callable[[], uuid.UUID]
+) -> Plan:
     main = _present(seen.main, request.main)
     if target.main and main.devno != target.main.devno:
         raise Refused(
@@ -723,21 +785,25 @@ def _plan_active(request: Request, target: ActiveTarget, seen: Seen) -> Plan:
             device=request.name,
             remedy="give that main",
         )
-    wanted = {c.info.devno: c.info.path for c in seen.candidates}
-    active = {s.candidate.info.devno: s.candidate.info.path for s in target.spares}
-    if set(wanted) != set(active) or len(wanted) != len(request.spares):
-        raise Refused(
-            f"is active with the spares {', '.join(sorted(active.values()))}, not "
-            f"{', '.join(sorted(wanted.values()))}",
-            device=request.name,
-            remedy="give those spares; a target's spares cannot be changed yet",
-        )
     _check_unchangeable(request, target.metadata)
-    return _with_settings(request, target, seen, main)
+    _check_distinct(main, seen.candidates)
+    known = {spare_index(target, c.info.path, c.info.devno) for c in seen.candidates}
+    change = SpareChange(
+        added=tuple(
+            c for c in seen.candidates if spare_index(target, c.info.path, c.info.devno) is None
+        ),
+        removed=tuple(index for index in spare_indexes(target) if index not in known),
+        wipe=request.wipe,
+        discard_remaps=request.discard_remaps,
+    )
+    begun = change_spares(target, main, change, new_uuid)
+    return _with_settings(request, target, seen, main, begun)
 
 
-def _with_settings(request: Request, target: ActiveTarget, seen: Seen, main: DeviceInfo) -> Plan:
-    """The plan that brings configuration and kernel to what the request says."""
+def _with_settings(
+    request: Request, target: ActiveTarget, seen: Seen, main: DeviceInfo, begun: Plan
+) -> Plan:
+    """The plan that also brings configuration and kernel to what the request says."""
     config = target.metadata.config
     changed: dict[str, Any] = {}
     if request.on_error is not None and request.on_error != config["on_error"]:
@@ -745,7 +811,7 @@ def _with_settings(request: Request, target: ActiveTarget, seen: Seen, main: Dev
     if request.shim is not None and _wanted_shim(request, main) != shim_of(target.metadata):
         changed["shim"] = _wanted_shim(request, main)
     changed.update(_policies(request, config))
-    plan = _with_config(plan_upkeep(target), changed)
+    plan = _with_config(begun, changed)
     after = {**config, **changed}
     actions = []
     if after.get("shim", NO_SHIM) != (RAID_SHIM if target.shim else NO_SHIM):
@@ -784,11 +850,16 @@ def _wanted_shim(request: Request, main: DeviceInfo) -> str:
 def plan_upkeep(target: ActiveTarget) -> Plan:
     """Plan what an active target needs to be whole: end an interrupted remap, repair copies."""
     spares = {spare.index: spare.candidate.info for spare in target.spares}
-    actions = _repairs(target.choice, spares)
+    actions = _repairs(target.choice, spares, target.choice.missing)
     if target.frozen or target.map.suspended:
         actions.append(Action("thaw", target.name))
     elif not target.tidy:
         actions.append(Action("tidy", target.name))
+    # A spare that cannot be read may have a newer generation, of which they are spares.
+    for stray in target.strays if not target.lost_spares else ():
+        if stray.marked:
+            actions.append(Action("wipe_metadata", stray.path))
+        actions.append(_deactivation(target.name, stray.index, stray.path))
     state = _state(target.metadata, spares)
     return Plan(
         name=target.device.name,
@@ -799,8 +870,40 @@ def plan_upkeep(target: ActiveTarget) -> Plan:
         main=target.main,
         spares=spares,
         warnings=warnings_of(target.choice)
+        + degradation(target)
         + pool_warnings(target.metadata, usable_geometries(target)),
     )
+
+
+def degradation(target: ActiveTarget) -> tuple[str, ...]:
+    """A sentence for each spare that cannot be used."""
+    metadata = target.metadata
+    found = []
+    for spare in target.lost_spares:
+        entry = metadata.config["spares"][spare.index]
+        chunks = count_of(len(chunks_on(metadata, spare.index)), "chunk")
+        found.append(
+            f"spare {spare.index} ({spare.path or 'gone'}, serial "
+            f"{entry.get('serial') or 'unknown'}, {entry['uuid']}) {spare.reason}; "
+            f"{chunks} of the target are on it and give errors"
+        )
+    return tuple(found)
+
+
+def chunks_on(metadata: Metadata, index: int) -> list[int]:
+    """Logical chunks that are on spare ``index``, ascending."""
+    return [
+        extent.logical + number
+        for extent in metadata.extents
+        if extent.spare == index
+        for number in range(extent.length)
+    ]
+
+
+def sectors_of(metadata: Metadata, chunks: Sequence[int]) -> list[tuple[int, int]]:
+    """The sectors of chunks on the target, as (first, count), joined."""
+    places = [where(metadata, chunk) for chunk in chunks]
+    return list(extents.merge_sectors([(place["start"], place["count"]) for place in places]))
 
 
 def plan_absent(
@@ -818,6 +921,7 @@ def plan_absent(
         Refused: it is in use, or data would be lost.
     """
     check_name(name)
+    gone: list[Action] = []
     if target:
         if target.device.open_count:
             raise Refused(
@@ -827,6 +931,10 @@ def plan_absent(
             )
         metadata = target.metadata
         spares = {spare.index: spare.candidate.info for spare in target.spares}
+        gone = [
+            *(_deactivation(name, lost.index, lost.path) for lost in target.lost_spares),
+            *(_deactivation(name, stray.index, stray.path) for stray in target.strays),
+        ]
     else:
         marked = {c.info.path: c for c in seen.candidates if not c.survey.empty}
         if not marked:
@@ -856,10 +964,8 @@ def plan_absent(
         actions = (
             Action("remove_target", f"/dev/mapper/{name}"),
             *wipes,
-            *(
-                Action("deactivate_spare", info.path, {"name": spare_name(name, index)})
-                for index, info in spares.items()
-            ),
+            *(_deactivation(name, index, info.path) for index, info in spares.items()),
+            *gone,
         )
     else:
         actions = (*wipes, *(Action("remove_remains", left) for left in seen.remains))
@@ -870,6 +976,7 @@ def plan_absent(
         after=_nothing(),
         metadata=metadata,
         spares=spares,
+        warnings=degradation(target) if target else (),
     )
 
 
@@ -892,32 +999,99 @@ def plan_remap(
         Refused: a range is not on the target or cuts a block, or the spares are full.
     """
     metadata = target.metadata
-    name = target.device.name
+    chunks = [
+        chunk
+        for chunk in _chunks_asked(target, ranges, expected_generation)
+        if extents.find(metadata.extents, chunk) is None
+    ]
+    try:
+        placed = allocate(metadata, chunks, usable_geometries(target), metadata.extents, avoid)
+    except Refused as error:
+        raise Refused(error.message, device=target.name, remedy=error.remedy) from error
+    upkeep = plan_upkeep(target)
+    plan = remap_actions(target, placed, ())
+    return replace(
+        plan,
+        actions=upkeep.actions + plan.actions,
+        warnings=warnings_of(target.choice) + degradation(target) + plan.warnings,
+    )
+
+
+def plan_return(
+    target: ActiveTarget,
+    ranges: Sequence[tuple[int, int]],
+    expected_generation: int | None = None,
+    unreadable: Sequence[tuple[int, int]] = (),
+) -> Plan:
+    """Plan the return to main of every chunk that ``ranges`` touch and that is on a spare.
+
+    Args:
+        target: the active target.
+        ranges: pairs of first sector and count on the target.
+        expected_generation: refuse unless the metadata is at this generation.
+        unreadable: sectors of the target that cannot be read now, sorted and apart; their chunks
+            stay where they are.
+
+    Raises:
+        StaleGeneration: the metadata is at another generation.
+        Refused: a range is not on the target or cuts a block, or main is not known.
+    """
+    chunk_sectors = target.metadata.config["chunk_sectors"]
+    staying = {start // chunk_sectors for start, _count in unreadable}
+    chunks = [
+        chunk
+        for chunk in _chunks_asked(target, ranges, expected_generation)
+        if extents.find(target.metadata.extents, chunk) and chunk not in staying
+    ]
+    if chunks and target.main is None:
+        raise Refused(
+            "has every chunk on spares, and its main is not known",
+            device=target.name,
+            remedy="remove the target from use and activate it again with the target module",
+        )
+    upkeep = plan_upkeep(target)
+    plan = return_actions(target, chunks)
+    return replace(plan, actions=upkeep.actions + plan.actions, warnings=upkeep.warnings)
+
+
+def return_actions(target: ActiveTarget, chunks: Sequence[int]) -> Plan:
+    """The plan that returns chunks from spares to main, without any upkeep."""
+    metadata = target.metadata
+    actions = []
+    for chunk in chunks:
+        place = extents.place_of(metadata.extents, chunk)
+        if place is None:
+            raise AssertionError("only chunks on spares return")
+        details = {**where(metadata, chunk), "spare": place.spare, "spare_chunk": place.physical}
+        actions.append(Action("return_chunk", target.name, details))
+    return _moving(target, actions, dict.fromkeys(chunks), ())
+
+
+def _chunks_asked(
+    target: ActiveTarget, ranges: Sequence[tuple[int, int]], expected_generation: int | None
+) -> list[int]:
+    metadata, name = target.metadata, target.name
+    check_certain(target)
     if expected_generation is not None and metadata.generation != expected_generation:
         raise StaleGeneration(
             f"is at generation {metadata.generation}, not {expected_generation}",
             device=name,
             remedy="look at the target again and decide anew",
         )
-    chunk_sectors = metadata.config["chunk_sectors"]
-    total = metadata.config["main"]["sectors"]
     _check_whole_blocks(name, ranges, metadata.config["block_sectors"])
     try:
-        chunks = [
-            chunk
-            for chunk in extents.chunks_of(ranges, chunk_sectors, total)
-            if extents.find(metadata.extents, chunk) is None
-        ]
-        placed = allocate(metadata, chunks, usable_geometries(target), metadata.extents, avoid)
+        return extents.chunks_of(
+            ranges, metadata.config["chunk_sectors"], metadata.config["main"]["sectors"]
+        )
     except Refused as error:
         raise Refused(error.message, device=name, remedy=error.remedy) from error
-    upkeep = plan_upkeep(target)
-    plan = remap_actions(target, placed, ())
-    return replace(
-        plan,
-        actions=upkeep.actions + plan.actions,
-        warnings=warnings_of(target.choice) + plan.warnings,
-    )
+
+
+def where(metadata: Metadata, chunk: int) -> dict[str, int]:
+    """The chunk's number, first sector and sectors; the target's last one may be short."""
+    start = chunk * metadata.config["chunk_sectors"]
+    left = metadata.config["main"]["sectors"] - start
+    return {"chunk": chunk, "start": start, "count": min(metadata.config["chunk_sectors"], left)}
 
 
 def allocate(
@@ -959,54 +1133,97 @@ def remap_actions(
         placed: the new extents, of one chunk each.
         lost: pairs of first sector and count that are lost by it.
     """
-    metadata = target.metadata
-    name = target.device.name
-    chunk_sectors = metadata.config["chunk_sectors"]
-    total = metadata.config["main"]["sectors"]
-    spares = {spare.index: spare.candidate.info for spare in target.spares}
     actions = []
     for extent in placed:
-        start = extent.logical * chunk_sectors
-        actions.append(
-            Action(
-                "remap_chunk",
-                name,
-                {
-                    "chunk": extent.logical,
-                    "start": start,
-                    "count": min(chunk_sectors, total - start),
-                    "spare": extent.spare,
-                    "spare_chunk": extent.physical,
-                },
-            )
-        )
-    after = metadata
-    if placed:
-        after = with_remaps(replace(metadata, generation=metadata.generation + 1), placed, lost)
-        actions.append(Action("commit_metadata", name, {"generation": after.generation}))
+        details = {
+            **where(target.metadata, extent.logical),
+            "spare": extent.spare,
+            "spare_chunk": extent.physical,
+        }
+        actions.append(Action("remap_chunk", target.name, details))
+    moves: dict[int, Extent | None] = {extent.logical: extent for extent in placed}
+    return replace(_moving(target, actions, moves, lost), placed=tuple(placed))
+
+
+def _moving(
+    target: ActiveTarget,
+    actions: Sequence[Action],
+    moves: Mapping[int, Extent | None],
+    lost: Sequence[tuple[int, int]],
+) -> Plan:
+    """The plan with these actions, which move chunks, and one commit."""
+    metadata = after = target.metadata
+    spares = {spare.index: spare.candidate.info for spare in target.spares}
+    if moves:
+        after = with_moves(replace(metadata, generation=metadata.generation + 1), moves, lost)
+        commit = Action("commit_metadata", target.name, {"generation": after.generation})
+        actions = [*actions, commit]
     return Plan(
-        name=name,
+        name=target.name,
         actions=tuple(actions),
         before=_state(metadata, spares),
         after=_state(after, spares),
         metadata=metadata,
         main=target.main,
         spares=spares,
-        placed=tuple(placed),
         warnings=pool_warnings(after, usable_geometries(target)),
     )
 
 
-def with_remaps(
-    metadata: Metadata, placed: Sequence[Extent], lost: Sequence[tuple[int, int]]
+def with_moves(
+    metadata: Metadata,
+    moves: Mapping[int, Extent | None],
+    lost: Sequence[tuple[int, int]],
 ) -> Metadata:
-    """The metadata with new extents and lost sectors (pairs of first sector and count)."""
-    known = [(item.sector, item.count) for item in metadata.lost]
+    """The metadata after chunks have moved.
+
+    Args:
+        metadata: before.
+        moves: the new place of each chunk, an extent of this one chunk, or None on main.
+        lost: all lost sectors of these chunks, as pairs of first sector and count.
+    """
+    chunk_sectors = metadata.config["chunk_sectors"]
+    known = extents.without_sectors(
+        [(item.sector, item.count) for item in metadata.lost],
+        [(chunk * chunk_sectors, chunk_sectors) for chunk in moves],
+    )
+    placed = [place for place in moves.values() if place]
     return replace(
         metadata,
-        extents=extents.merge([*metadata.extents, *placed]),
+        extents=extents.merge([*extents.without(metadata.extents, moves), *placed]),
         lost=tuple(LostRange(*item) for item in extents.merge_sectors([*known, *lost])),
     )
+
+
+def choose_places(
+    metadata: Metadata,
+    chunks: Sequence[int],
+    usable: Mapping[int, Geometry],
+    taken: Sequence[Extent],
+    avoid: Sequence[tuple[int, int]] = (),
+    prefer: Collection[int] = (),
+) -> list[Extent]:
+    """Choose a place for each chunk, on the preferred spares as long as they have room.
+
+    Args:
+        metadata: the target's metadata, for policy, scores and bad places.
+        chunks: logical chunks, ascending.
+        usable: geometries of the spares that may be used, by index.
+        taken: the places in use.
+        avoid: pairs of spare index and chunk that must not be used.
+        prefer: indexes of spares.
+
+    Raises:
+        Refused: the spares have too few free chunks.
+    """
+    first = {index: geometry for index, geometry in usable.items() if index in prefer}
+    known = pool.capacities(first, taken, pool.bad_places_of(metadata))
+    room = pool.whole(known.values()).free - sum(index in first for index, _chunk in avoid)
+    split = max(0, min(room, len(chunks))) if first else 0
+    placed = allocate(metadata, chunks[:split], first, taken, avoid) if split else []
+    if split == len(chunks):
+        return placed
+    return placed + allocate(metadata, chunks[split:], usable, [*taken, *placed], avoid)
 
 
 def _check_whole_blocks(name: str, ranges: Sequence[tuple[int, int]], block_sectors: int) -> None:
@@ -1025,7 +1242,25 @@ def usable_geometries(target: ActiveTarget) -> dict[int, Geometry]:
     return {spare.index: geometry_of(target.metadata, spare.index) for spare in target.spares}
 
 
-def _repairs(choice: copies.Choice, spares: Mapping[int, DeviceInfo]) -> list[Action]:
+def check_certain(target: ActiveTarget) -> None:
+    """Refuse to build on metadata that is older than what the kernel has.
+
+    Raises:
+        Refused: a spare that cannot be read has a newer generation.
+    """
+    if not target.certain:
+        lost = ", ".join(str(spare.index) for spare in target.lost_spares)
+        raise Refused(
+            f"has another table than generation {target.metadata.generation} says, so a newer one "
+            f"is on spares that cannot be read ({lost})",
+            device=target.name,
+            remedy="attach these spares again, or copy the data off",
+        )
+
+
+def _repairs(
+    choice: copies.Choice, spares: Mapping[int, DeviceInfo], blank: Collection[int] = ()
+) -> list[Action]:
     # A copy that cannot be read may never be writable again, so it alone is no reason to write:
     # every commit tries it anyway.
     needing = {
@@ -1034,7 +1269,9 @@ def _repairs(choice: copies.Choice, spares: Mapping[int, DeviceInfo]) -> list[Ac
         if any(fault.diagnosis is not Diagnosis.UNREADABLE for fault in faults)
     } | choice.stale
     return [
-        Action("repair_metadata", info.path) for info in spares.values() if info.path in needing
+        Action("repair_metadata", info.path)
+        for index, info in spares.items()
+        if info.path in needing or index in blank
     ]
 
 
@@ -1061,6 +1298,10 @@ def _activations(name: str, spares: Mapping[int, DeviceInfo]) -> list[Action]:
         Action("activate_spare", info.path, {"name": spare_name(name, index)})
         for index, info in spares.items()
     ]
+
+
+def _deactivation(name: str, index: int, path: str) -> Action:
+    return Action("deactivate_spare", path, {"name": spare_name(name, index)})
 
 
 def _creation(name: str, main: DeviceInfo) -> Action:
@@ -1106,3 +1347,394 @@ def readable_table(metadata: Metadata, spares: Mapping[int, DeviceInfo]) -> list
         {index: f"spare{index}" for index in spares},
     )
     return describe_table(segments, names)
+
+
+# Spares of an active target
+
+# So many chunks leave a spare in one freeze: what waits for them must not wait for all.
+DRAIN_CHUNKS = 64
+
+
+@dataclass(frozen=True)
+class SpareRequest:
+    """A change of an active target's spares that the user wants.
+
+    Args:
+        name: the target.
+        device: path of the spare; for one that is lost, its UUID will do.
+        replaces: path or UUID of the spare that it stands in for.
+        wipe: the new spare may hold something, which is erased, but for remapped chunks.
+        discard_remaps: with ``wipe``, remapped chunks too; and what is on a spare that cannot be
+            read may be given up.
+    """
+
+    name: str
+    device: str
+    replaces: str | None = None
+    wipe: bool = False
+    discard_remaps: bool = False
+
+
+@dataclass(frozen=True)
+class SpareSeen:
+    """What was observed for a change of spares.
+
+    Args:
+        target: the active target.
+        candidate: the device that is to be a spare; None where it does not exist, or is to go.
+        devnos: device numbers of the paths that were named, where they exist.
+    """
+
+    target: ActiveTarget
+    candidate: Candidate | None
+    devnos: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class SpareChange:
+    """Spares that come and go: devices, and indexes.
+
+    ``wipe`` and ``discard_remaps`` are those of `SpareRequest`.
+    """
+
+    added: tuple[Candidate, ...] = ()
+    removed: tuple[int, ...] = ()
+    wipe: bool = False
+    discard_remaps: bool = False
+
+
+def spare_indexes(target: ActiveTarget) -> list[int]:
+    """Indexes of all configured spares, lost ones too."""
+    return sorted(_configured(target.metadata))
+
+
+def _configured(metadata: Metadata) -> set[int]:
+    return {index for index, entry in enumerate(metadata.config["spares"]) if entry}
+
+
+def spare_index(target: ActiveTarget, text: str, devno: str) -> int | None:
+    """The index of a spare by its UUID, or by the device number of its path."""
+    for spare in target.spares:
+        if devno and devno == spare.candidate.info.devno:
+            return spare.index
+    for lost in target.lost_spares:
+        if devno and devno == lost.below:
+            return lost.index
+    for index in spare_indexes(target):
+        if target.metadata.config["spares"][index]["uuid"] == text.lower():
+            return index
+    return None
+
+
+def plan_spare_present(
+    request: SpareRequest, seen: SpareSeen, new_uuid: Callable[[], uuid.UUID] = uuid.uuid4
+) -> Plan:
+    """Plan that a device is a spare of an active target, and that another one is none any more.
+
+    Raises:
+        Refused: it cannot be one, or the other's chunks have no room; nothing was written.
+    """
+    target = seen.target
+    index = spare_index(target, request.device, seen.devnos.get(request.device, ""))
+    added: tuple[Candidate, ...] = ()
+    if index is None:
+        if seen.candidate is None:
+            raise Refused(
+                "no such device", device=request.device, remedy="name an existing block device"
+            )
+        added = (seen.candidate,)
+    removed: tuple[int, ...] = ()
+    if request.replaces is not None:
+        old = spare_index(target, request.replaces, seen.devnos.get(request.replaces, ""))
+        if old is None and index is None:
+            raise Refused(
+                f"is no spare of target {request.name!r}, so nothing can replace it",
+                device=request.replaces,
+                remedy=f"give one of {_listed(target)}, or leave out replaces",
+            )
+        if old is not None and old == index:
+            raise Refused("cannot replace itself", device=request.device, remedy="give another")
+        removed = () if old is None else (old,)
+    change = SpareChange(added, removed, request.wipe, request.discard_remaps)
+    return change_spares(target, target.main, change, new_uuid)
+
+
+def plan_spare_absent(request: SpareRequest, seen: SpareSeen) -> Plan:
+    """Plan that a device is no spare of an active target.
+
+    Raises:
+        Refused: its chunks have no room on others, or cannot be read; nothing was written.
+    """
+    target = seen.target
+    index = spare_index(target, request.device, seen.devnos.get(request.device, ""))
+    removed = () if index is None else (index,)
+    change = SpareChange((), removed, request.wipe, request.discard_remaps)
+    return change_spares(target, target.main, change, uuid.uuid4)
+
+
+def _listed(target: ActiveTarget) -> str:
+    paths = [spare.candidate.info.path for spare in target.spares]
+    uuids = [target.metadata.config["spares"][lost.index]["uuid"] for lost in target.lost_spares]
+    return ", ".join([*paths, *uuids])
+
+
+def change_spares(
+    target: ActiveTarget,
+    main: DeviceInfo | None,
+    change: SpareChange,
+    new_uuid: Callable[[], uuid.UUID],
+) -> Plan:
+    """Plan that spares come and go: first all that come, then each that goes is emptied.
+
+    Chunks of those that go move to those that come, as long as these have room.
+
+    Raises:
+        Refused: a device cannot be a spare, or the chunks have no room; nothing was written.
+    """
+    upkeep = plan_upkeep(target)
+    if not change.added and not change.removed:
+        return upkeep
+    check_certain(target)
+    if change.discard_remaps:
+        # What they may know of the chunks on the move is given up with them.
+        lost = sorted({spare.index for spare in target.lost_spares}.intersection(change.removed))
+        upkeep = replace(
+            upkeep,
+            actions=tuple(
+                replace(action, details={"without": lost})
+                if action.kind == "thaw" and lost
+                else action
+                for action in upkeep.actions
+            ),
+        )
+    additions, metadata, spares = _additions(target, main, change, new_uuid)
+    after = replace(metadata, generation=target.metadata.generation + len(change.added))
+    fresh = frozenset(set(spares) - {spare.index for spare in target.spares})
+    _check_room(target, change, metadata, spares)
+    removals: list[Action] = []
+    for index in change.removed:
+        moved, after = _emptying(target, change, index, fresh, spares, after)
+        removals += moved
+        entries = list(after.config["spares"])
+        entries[index] = None
+        after = replace(
+            after, generation=after.generation + 1, config={**after.config, "spares": entries}
+        )
+        path = _path_of(target, index)
+        details = {"index": index, "generation": after.generation}
+        removals.append(Action("remove_spare", path, details))
+        if index in spares:
+            removals.append(Action("wipe_metadata", path))
+        removals.append(_deactivation(target.name, index, path))
+    left = {index: info for index, info in spares.items() if index not in change.removed}
+    return replace(
+        upkeep,
+        actions=(*upkeep.actions, *additions, *removals),
+        after=_state(after, left),
+        metadata=metadata,
+        spares=spares,
+        final=after,
+    )
+
+
+def _additions(
+    target: ActiveTarget,
+    main: DeviceInfo | None,
+    change: SpareChange,
+    new_uuid: Callable[[], uuid.UUID],
+) -> tuple[list[Action], Metadata, dict[int, DeviceInfo]]:
+    """Actions that add spares, and the metadata and the devices with all old and new ones."""
+    metadata, name = target.metadata, target.name
+    entries = list(metadata.config["spares"])
+    spares = {spare.index: spare.candidate.info for spare in target.spares}
+    _check_number(target, change)
+    prepared: list[Action] = []
+    activated: dict[int, DeviceInfo] = {}
+    committed: list[Action] = []
+    for candidate in change.added:
+        info = candidate.info
+        geometry = _check_addition(target, main, candidate, change)
+        index = _free_index(target, entries)
+        entry = {"uuid": str(new_uuid()), "geometry": geometry.to_dict(), **_who(info)}
+        entries[index : index + 1] = [entry]
+        content = list(candidate.signatures)
+        if content or not candidate.survey.empty:
+            prepared.append(Action("wipe_spare", info.path, {"content": content}))
+        chunks = pool.capacity(geometry, index, ()).total
+        prepared.append(Action("format_spare", info.path, {"chunks": chunks}))
+        activated[index] = info
+        generation = metadata.generation + len(committed) + 1
+        details = {"index": index, "generation": generation}
+        committed.append(Action("add_spare", info.path, details))
+    whole = replace(metadata, config={**metadata.config, "spares": entries})
+    actions = [*prepared, *_activations(name, activated), *committed]
+    return actions, whole, {**spares, **activated}
+
+
+def _free_index(target: ActiveTarget, entries: Sequence[Any]) -> int:
+    # While a spare is lost, nobody knows that strays are none of the target's.
+    taken = {stray.index for stray in target.strays} if target.lost_spares else set()
+    for index, entry in enumerate(entries):
+        if entry is None and index not in taken:
+            return index
+    if len(entries) == MAX_SPARES or len(entries) in taken:
+        raise Refused(
+            "has devices of a spare in the kernel that may be one, as a lost spare may know",
+            device=target.name,
+            remedy="attach the lost spare again, or remove it first",
+        )
+    return len(entries)
+
+
+def _check_number(target: ActiveTarget, change: SpareChange) -> None:
+    number = len(spare_indexes(target)) + len(change.added)
+    if number > MAX_SPARES:
+        raise Refused(
+            f"would have {number} spares",
+            device=target.name,
+            remedy=f"remove one first; a target has 1 to {MAX_SPARES}, also while one is replaced",
+        )
+
+
+def _check_addition(
+    target: ActiveTarget, main: DeviceInfo | None, candidate: Candidate, change: SpareChange
+) -> Geometry:
+    """The geometry of a new spare, after all checks that a new target's spares get too."""
+    info, metadata = candidate.info, target.metadata
+    if main is None:
+        raise Refused(
+            "has every chunk on spares and its main is not known, which a new spare must fit",
+            device=target.name,
+            remedy="activate it again with the target module first",
+        )
+    _check_distinct(main, [*(spare.candidate for spare in target.spares), *change.added])
+    strays = {
+        part
+        for stray in target.strays
+        for part in spare_part_names(target.name, stray.index)
+        if stray.below == info.devno
+    }
+    _check_unused(info, sorted(strays), "spare")
+    seen = candidate.survey
+    own = seen.target_uuid == metadata.target_uuid
+    indexes = _configured(metadata)
+    if own and any(
+        str(seen.spare_uuid) == metadata.config["spares"][index]["uuid"] for index in indexes
+    ):
+        raise Refused(
+            "is a spare of this target, or a clone of one",
+            device=info.path,
+            remedy="give another device; a spare that was away comes back when the target is "
+            "activated again",
+        )
+    count = max((sum(e.length for e in c.metadata.extents) for c in seen.copies), default=0)
+    if change.wipe and not change.discard_remaps and count and not own:
+        raise Refused(
+            f"carries another target's metadata, and {count_of(count, 'remapped chunk')} of it can "
+            "be on it only",
+            device=info.path,
+            remedy="give another device, or discard_remaps: true to lose those chunks",
+        )
+    return _check_spare(
+        candidate,
+        main,
+        metadata.config["chunk_sectors"] * SECTOR_BYTES,
+        change.wipe or bool(strays),
+    )
+
+
+def _check_room(
+    target: ActiveTarget,
+    change: SpareChange,
+    metadata: Metadata,
+    spares: Mapping[int, DeviceInfo],
+) -> None:
+    """Refuse what cannot be done to its end, before anything is moved."""
+    if not change.removed:
+        return
+    staying = [index for index in spares if index not in change.removed]
+    going = ", ".join(_path_of(target, index) for index in change.removed)
+    if not staying:
+        raise Refused(
+            f"would leave target {target.name!r} without a spare that works",
+            device=going,
+            remedy="add another spare first, or give one that replaces it; or remove the target",
+        )
+    free = sum(
+        pool.capacity(geometry_of(metadata, index), index, metadata.extents).free
+        for index in staying
+    )
+    needed = sum(len(chunks_on(metadata, index)) for index in change.removed)
+    if needed > free:
+        raise Refused(
+            f"has {count_of(needed, 'chunk')}, and the other spares have "
+            f"{count_of(free, 'free chunk')}",
+            device=going,
+            remedy="add a spare first, or give a larger one that replaces it",
+        )
+
+
+def _emptying(
+    target: ActiveTarget,
+    change: SpareChange,
+    index: int,
+    fresh: frozenset[int],
+    spares: Mapping[int, DeviceInfo],
+    metadata: Metadata,
+) -> tuple[list[Action], Metadata]:
+    """Actions that take all chunks off a spare, and the metadata then."""
+    chunks = chunks_on(metadata, index)
+    if not chunks:
+        return [], metadata
+    lost: list[tuple[int, int]] = []
+    kind, path = "drain_spare", _path_of(target, index)
+    if index not in spares:
+        kind, lost = "discard_chunks", sectors_of(metadata, chunks)
+        if not change.discard_remaps:
+            raise Refused(
+                f"cannot be used, and {count_of(len(chunks), 'chunk')} (sectors "
+                f"{_ranges_text(lost)}) are on it only",
+                device=path,
+                remedy="attach it again, or give discard_remaps: true to lose these sectors",
+            )
+    usable = {
+        number: geometry_of(metadata, number) for number in spares if number not in change.removed
+    }
+    places = choose_places(metadata, chunks, usable, metadata.extents, (), fresh)
+    details = {
+        "index": index,
+        "chunks": len(chunks),
+        "avoid": list(change.removed),
+        "prefer": sorted(fresh),
+        "lost": [{"start": start, "count": count} for start, count in lost],
+    }
+    generation = metadata.generation + -(-len(chunks) // DRAIN_CHUNKS)
+    still = lost or [(item.sector, item.count) for item in metadata.lost]
+    in_chunks = sectors_of(metadata, chunks)
+    cut = still if lost else _inside(still, in_chunks)
+    moves: dict[int, Extent | None] = {place.logical: place for place in places}
+    after = with_moves(replace(metadata, generation=generation), moves, cut)
+    return [Action(kind, path, details)], after
+
+
+def _inside(
+    ranges: Sequence[tuple[int, int]], windows: Sequence[tuple[int, int]]
+) -> list[tuple[int, int]]:
+    return extents.without_sectors(ranges, extents.without_sectors(ranges, windows))
+
+
+def _ranges_text(ranges: Sequence[tuple[int, int]], shown: int = 8) -> str:
+    text = ", ".join(f"{start}+{count}" for start, count in ranges[:shown])
+    more = len(ranges) - shown
+    return f"{text} and {count_of(more, 'more range')}" if more > 0 else text
+
+
+def _path_of(target: ActiveTarget, index: int) -> str:
+    """The path of a spare, or its UUID where it has none."""
+    for spare in target.spares:
+        if spare.index == index:
+            return spare.candidate.info.path
+    for lost in target.lost_spares:
+        if lost.index == index and lost.path:
+            return lost.path
+    return str(target.metadata.config["spares"][index]["uuid"])

@@ -8,7 +8,7 @@ from __future__ import annotations
 import enum
 import errno
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Callable, Protocol
 
@@ -167,17 +167,34 @@ def probe(
     return Probe(merge_sectors(bad), merge_sectors(unread), readable, first_errno)
 
 
-def answers(device: Readable, avoid: Iterable[tuple[int, int]], unit: int) -> bool:
-    """Return whether the device reads anything away from `avoid`: else all of it is in trouble."""
+def answers(
+    device: Readable,
+    avoid: Iterable[tuple[int, int]],
+    unit: int,
+    fine: Collection[int] = (0,),
+) -> bool:
+    """Return whether the device reads anything away from `avoid`: else all of it is in trouble.
+
+    Args:
+        device: read past the page cache.
+        avoid: (start, count) in sectors.
+        unit: sectors of one read.
+        fine: error numbers that are an answer too, and 0 for none.
+    """
     holes = list(avoid)
     last = device.sectors // unit - 1
     for block in sorted({0, last // 3, 2 * last // 3, last}):
         sector = block * unit
         if any(start < sector + unit and sector < start + count for start, count in holes):
             continue
-        if _read(device, sector, unit) == 0:
+        if answers_at(device, sector, unit, fine):
             return True
     return False
+
+
+def answers_at(device: Readable, sector: int, count: int, fine: Collection[int] = (0,)) -> bool:
+    """Return whether a read succeeds or fails with an error number that is fine."""
+    return _read(device, sector, count) in fine
 
 
 def _read(device: Readable, sector: int, count: int) -> int:

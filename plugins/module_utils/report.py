@@ -14,16 +14,20 @@ from .extents import merge_sectors
 from .planner import (
     SECTOR_BYTES,
     ActiveTarget,
+    LostSpare,
     Plan,
+    chunks_on,
+    degradation,
     pool_warnings,
     readable_table,
+    sectors_of,
     shim_of,
     usable_geometries,
     warnings_of,
 )
 
 if TYPE_CHECKING:
-    from .engine import RemapReport
+    from .engine import RemappedChunk, RemapReport
 
 
 def describe_target(target: ActiveTarget) -> dict[str, Any]:
@@ -54,6 +58,8 @@ def describe_target(target: ActiveTarget) -> dict[str, Any]:
         },
         "spares": [_describe_spare(target, index, chunks[index]) for index in spares],
         "pool": _describe_pool(pool.whole(chunks.values()), pool.thresholds_of(config)),
+        "degraded": bool(target.lost_spares),
+        "lost_spares": [_describe_lost(target, lost) for lost in target.lost_spares],
         "remapped_chunks": sum(extent.length for extent in metadata.extents),
         "extents": [asdict(extent) for extent in metadata.extents],
         "lost": sector_ranges([(item.sector, item.count) for item in metadata.lost]),
@@ -61,6 +67,7 @@ def describe_target(target: ActiveTarget) -> dict[str, Any]:
         "table": readable_table(metadata, spares),
         "warnings": [
             *warnings_of(target.choice),
+            *degradation(target),
             *pool_warnings(metadata, usable_geometries(target)),
         ],
     }
@@ -101,16 +108,52 @@ def _describe_spare(target: ActiveTarget, index: int, chunks: pool.Capacity) -> 
     }
 
 
+def _describe_lost(target: ActiveTarget, lost: LostSpare) -> dict[str, Any]:
+    metadata = target.metadata
+    entry = metadata.config["spares"][lost.index]
+    chunks = chunks_on(metadata, lost.index)
+    return {
+        "index": lost.index,
+        "path": lost.path or None,
+        "uuid": entry["uuid"],
+        "serial": entry.get("serial", ""),
+        "wwn": entry.get("wwn", ""),
+        "model": entry.get("model", ""),
+        "reason": lost.reason,
+        "chunks": len(chunks),
+        "unavailable": sector_ranges(sectors_of(metadata, chunks)),
+    }
+
+
+def describe_emptied(chunks: list[RemappedChunk]) -> dict[str, Any]:
+    """What became of chunks that had to leave a spare; counts in sectors but for ``moved``."""
+    return {
+        "moved": len(chunks),
+        "recovered": sum(c.recovered_first_read + c.recovered_on_retry for c in chunks),
+        "lost": sector_ranges([item for chunk in chunks for item in chunk.lost]),
+        "lost_before": sector_ranges([item for chunk in chunks for item in chunk.lost_before]),
+    }
+
+
 def describe_remap(report: RemapReport) -> dict[str, Any]:
     """What a remap saved and lost; counts in sectors, durations in seconds."""
     return {
         "generation": report.generation,
-        "chunks": [{**asdict(chunk), "lost": sector_ranges(chunk.lost)} for chunk in report.chunks],
+        "chunks": [describe_chunk(chunk) for chunk in report.chunks],
         "recovered": report.recovered,
         "lost": sector_ranges(report.lost),
         "salvage_seconds": round(report.salvage_seconds, 4),
         "pause_seconds": round(report.pause_seconds, 4),
         "seconds": round(report.seconds, 4),
+    }
+
+
+def describe_chunk(chunk: RemappedChunk) -> dict[str, Any]:
+    """What became of one chunk."""
+    return {
+        **asdict(chunk),
+        "lost": sector_ranges(chunk.lost),
+        "lost_before": sector_ranges(chunk.lost_before),
     }
 
 

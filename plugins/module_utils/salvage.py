@@ -199,6 +199,31 @@ def salvage(
     return resume
 
 
+def begin(
+    sector: int,
+    count: int,
+    block_sectors: int,
+    lost: Iterable[tuple[int, int]],
+    patience: Patience,
+) -> Salvage:
+    """A salvage to resume, in which some blocks are lost already and have had all their retries.
+
+    Args:
+        sector: first sector, a multiple of ``block_sectors``.
+        count: sectors, a multiple of ``block_sectors``.
+        block_sectors: sectors in a logical block (1 or 8).
+        lost: ranges (first sector, count) inside it, of whole blocks.
+        patience: what the salvage will be resumed with.
+    """
+    result = _nothing_read(sector, count, block_sectors, ())
+    for start, length in lost:
+        first = (start - sector) // block_sectors
+        for block in range(first, first + length // block_sectors):
+            result.outcomes[block] = Outcome.LOST
+            result.failures[block] = patience.retries + 1
+    return result
+
+
 def _nothing_read(
     sector: int, count: int, block_sectors: int, suspects: Iterable[tuple[int, int]]
 ) -> Salvage:

@@ -69,12 +69,17 @@ def tags_name(name: str, index: int) -> str:
     return spare_name(name, index) + "-tags"
 
 
+def spare_part_names(name: str, index: int) -> tuple[str, str, str]:
+    """Names of all devices of spare ``index``, upper ones first."""
+    return spare_name(name, index), data_name(name, index), tags_name(name, index)
+
+
 def part_names(name: str) -> Iterator[str]:
     """All names that a target may use, upper devices before those that they stand on."""
     yield from (name, hold_name(name), map_name(name), frozen_name(name), place_name(name))
     yield shim_name(name)
     for index in range(MAX_SPARES):
-        yield from (spare_name(name, index), data_name(name, index), tags_name(name, index))
+        yield from spare_part_names(name, index)
 
 
 def part_uuid(target_uuid: str, name: str, part: str) -> str:

@@ -153,7 +153,7 @@ targets:
           description: Its model, from the metadata; empty if it has none.
           type: str
     spares:
-      description: The spares that are there, by index.
+      description: The spares that can be used, by index.
       returned: unless there is an RV(targets[].error)
       type: list
       elements: dict
@@ -229,6 +229,53 @@ targets:
         reserved_chunks:
           description: Number of chunks that copies of the metadata take, beside those above.
           type: int
+    degraded:
+      description: Whether a spare cannot be used. All chunks that are not on it work.
+      returned: unless there is an RV(targets[].error)
+      type: bool
+    lost_spares:
+      description:
+        - The spares that cannot be used, by index, and what of the target is unavailable by that.
+        - M(dm_remap.storage.spare) removes such a spare.
+      returned: unless there is an RV(targets[].error)
+      type: list
+      elements: dict
+      contains:
+        index:
+          description: Position of the spare in the target's configuration, from 0.
+          type: int
+        path:
+          description: The device's path, or null if it is gone.
+          type: str
+        uuid:
+          description: The spare's own identity, in the metadata.
+          type: str
+        serial:
+          description: Its serial number, from the metadata; empty if it has none.
+          type: str
+        wwn:
+          description: Its World Wide Name, from the metadata; empty if it has none.
+          type: str
+        model:
+          description: Its model, from the metadata; empty if it has none.
+          type: str
+        reason:
+          description: What is wrong with it.
+          type: str
+        chunks:
+          description: Number of the target's chunks that are on it.
+          type: int
+        unavailable:
+          description: Sectors of the target that are on it and give errors.
+          type: list
+          elements: dict
+          contains:
+            start:
+              description: First sector, in units of 512 bytes.
+              type: int
+            count:
+              description: Number of sectors.
+              type: int
     remapped_chunks:
       description: Number of chunks that are on spares.
       returned: unless there is an RV(targets[].error)
@@ -280,7 +327,9 @@ targets:
       type: list
       elements: str
     warnings:
-      description: What is wrong with the copies of the metadata, and how full the spares are.
+      description:
+        - What is wrong with the spares and with the copies of the metadata, and how full the spares
+          are.
       returned: unless there is an RV(targets[].error)
       type: list
       elements: str

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 DOCUMENTATION = r"""
 module: sectors
-short_description: Remap failing sectors of a target to a spare
+short_description: Remap failing sectors of a target to a spare, or return them to the main
 version_added: 0.1.0
 author:
   - dm_remap.storage contributors (!UNKNOWN)
@@ -19,6 +19,9 @@ description:
   - Reading a lost sector gives an error until something writes it. Zeros or old data are never
     returned in its place.
   - Chunks that are on a spare already are left alone, so a second run changes nothing.
+  - With O(state=returned) chunks go back to the main, if their places there prove good. The test is
+    the chunk's own data, written to the main, flushed and read back twice. Nothing else is ever
+    written there.
   - A crash at any moment leaves the old mapping or the new one, each with its data.
 options:
   name:
@@ -43,6 +46,15 @@ options:
           - A multiple of 8 on a main with logical blocks of 4096 bytes.
         type: int
         default: 1
+  state:
+    description:
+      - With V(remapped) the chunks that O(ranges) touch are on a spare afterwards.
+      - With V(returned) they are on the main, but for chunks that stay where they are. A chunk
+        stays if one of its sectors cannot be read, or if its place on the main does not take and
+        give back its data. RV(chunks[].reason) says why, and the task does not fail.
+    type: str
+    choices: [remapped, returned]
+    default: remapped
   expected_generation:
     description:
       - Fail without a change unless the target's metadata is at this generation.
@@ -87,6 +99,13 @@ EXAMPLES = r"""
 - name: Stop if data was lost
   ansible.builtin.assert:
     that: remap.lost | length == 0
+
+- name: Take a chunk back to the main, whose cable was the culprit
+  dm_remap.storage.sectors:
+    name: data
+    state: returned
+    ranges:
+      - start: 123456
 
 - name: Remap two ranges, if nobody changed the target since it was looked at
   dm_remap.storage.sectors:
@@ -142,7 +161,9 @@ lost:
     - start: 123456
       count: 1
 chunks:
-  description: The chunks that were remapped, with what became of their sectors.
+  description:
+    - The chunks that were moved, with what became of their sectors.
+    - With O(state=returned), chunks that stay where they are too.
   returned: always
   type: list
   elements: dict
@@ -157,11 +178,20 @@ chunks:
       description: Number of its sectors.
       type: int
     spare:
-      description: Index of the spare that it is on now.
+      description: Index of the spare that it is on now, or null on the main.
       type: int
     spare_chunk:
-      description: Number of the chunk on that spare, from 0.
+      description: Number of the chunk on that spare, from 0, or null on the main.
       type: int
+    origin:
+      description: Index of the spare that it was on before, or null for the main.
+      type: int
+    moved:
+      description: Whether the chunk has moved.
+      type: bool
+    reason:
+      description: Why it has not, or empty.
+      type: str
     recovered_first_read:
       description: Number of sectors that the first read saved.
       type: int
@@ -179,12 +209,27 @@ chunks:
         count:
           description: Number of sectors.
           type: int
+    lost_before:
+      description: Sectors that were lost before and still cannot be read, in the form of RV(lost).
+      type: list
+      elements: dict
+      contains:
+        start:
+          description: First sector, in units of 512 bytes.
+          type: int
+        count:
+          description: Number of sectors.
+          type: int
   sample:
     - chunk: 964
       start: 123392
       count: 128
       spare: 0
       spare_chunk: 0
+      origin: null
+      moved: true
+      reason: ""
+      lost_before: []
       recovered_first_read: 127
       recovered_on_retry: 0
       lost:
@@ -209,7 +254,7 @@ seconds:
 
 from ansible.module_utils.basic import AnsibleModule
 
-from ..module_utils.engine import Engine, RemapReport
+from ..module_utils.engine import Engine, RemapReport, staying
 from ..module_utils.errors import DmRemapError, count_of
 from ..module_utils.planner import plan_remap
 from ..module_utils.report import describe_remap, diff_of
@@ -229,6 +274,11 @@ def main() -> None:
                     "start": {"type": "int", "required": True},
                     "count": {"type": "int", "default": 1},
                 },
+            },
+            "state": {
+                "type": "str",
+                "choices": ["remapped", "returned"],
+                "default": "remapped",
             },
             "expected_generation": {"type": "int"},
             "retries": {"type": "int", "default": 4},
@@ -251,14 +301,20 @@ def run(module: AnsibleModule) -> None:
     engine = Engine(guard=True)
     engine.check_host()
     with engine.locked(name):
+        returned = params["state"] == "returned"
         if module.check_mode:
             target = engine.require(name)
-            plan = plan_remap(target, ranges, params["expected_generation"])
-            report = RemapReport(plan, lost_before=engine.lost_before(target, ranges))
+            plan_for = engine.plan_return if returned else plan_remap
+            plan = plan_for(target, ranges, params["expected_generation"])
+            lost = engine.lost_before(target, ranges)
+            report = RemapReport(plan, staying(target, lost) if returned else [], lost)
         else:
-            report = engine.remap(name, ranges, params["expected_generation"], patience)
+            change = engine.return_to_main if returned else engine.remap
+            report = change(name, ranges, params["expected_generation"], patience)
     for warning in report.plan.warnings:
         module.warn(warning)
+    for chunk in report.staying:
+        module.warn(f"{name}: chunk {chunk.chunk} stays on spare {chunk.spare}: {chunk.reason}")
     if report.lost:
         lost = count_of(sum(count for _start, count in report.lost), "sector")
         module.warn(f"{name}: {lost} could not be read and must be taken for lost")

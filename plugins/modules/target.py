@@ -41,6 +41,8 @@ options:
       - One to eight devices that receive remapped chunks, with the same logical block size as the
         main, of 20 MiB or more, and empty.
       - Required with O(state=present).
+      - The spares of a target that is in use can be changed. Those that are not listed any more
+        are emptied and removed, after new ones were added, as M(dm_remap.storage.spare) does.
       - With O(state=absent), devices from which an inactive target's metadata is removed.
     type: list
     elements: path
@@ -113,6 +115,7 @@ options:
       - With O(state=absent), remove the target although some of its data is on the spares only.
         That data is lost.
       - With O(wipe=true), erase spares although remapped chunks of a target are on them.
+      - Remove a spare that cannot be read although chunks are on it. Their sectors are lost.
     type: bool
     default: false
   state:
@@ -133,6 +136,7 @@ attributes:
     description: A second run with the same options plans nothing and changes nothing.
     support: full
 seealso:
+  - module: dm_remap.storage.spare
   - module: dm_remap.storage.sectors
   - module: dm_remap.storage.info
 """
@@ -212,7 +216,7 @@ from ansible.module_utils.basic import AnsibleModule
 from ansible.module_utils.common.text.formatters import human_to_bytes
 
 from ..module_utils.engine import Engine
-from ..module_utils.errors import DmRemapError, Refused
+from ..module_utils.errors import DmRemapError, Refused, count_of
 from ..module_utils.planner import Plan, Request, Seen, plan_absent, plan_present
 from ..module_utils.report import describe_target, diff_of
 
@@ -257,11 +261,14 @@ def run(module: AnsibleModule) -> None:
             plan = plan_present(request, engine.see(name, request.main, request.spares))
         else:
             plan = absence(engine, module)
-        if not module.check_mode:
-            engine.apply(plan)
+        moved = [] if module.check_mode else engine.apply(plan)
         target = engine.observe(name)
     for warning in plan.warnings:
         module.warn(warning)
+    lost = [item for chunk in moved for item in chunk.lost]
+    if lost:
+        count = count_of(sum(count for _start, count in lost), "sector")
+        module.warn(f"{name}: {count} could not be read and must be taken for lost")
     module.exit_json(
         changed=plan.changes,
         actions=plan.action_dicts(),

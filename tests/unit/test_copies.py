@@ -678,10 +678,12 @@ def test_a_commit_without_devices_is_refused() -> None:
 def test_a_commit_can_be_repeated() -> None:
     old, new = first(2), after(first(2))
     disks = pool(old)
-    disks[1].flush_fails = True
+    for disk in disks.values():
+        disk.flush_fails = True
     with pytest.raises(CommitFailed):
         commit(disks, old, new)
-    disks[1].flush_fails = False
+    for disk in disks.values():
+        disk.flush_fails = False
     commit(disks, old, new)
     assert chosen(*disks.values()).metadata == new
     assert chosen(*disks.values()).damaged == {}
@@ -724,15 +726,58 @@ def test_unreadable_slots_do_not_stop_commits() -> None:
     assert chosen(disk).metadata == new
 
 
-def test_a_device_that_takes_no_copy_fails_the_commit_before_the_second_half() -> None:
+def test_devices_that_take_no_copy_fail_the_commit_before_the_second_half() -> None:
     old, new = first(2), after(first(2))
     disks = pool(old)
-    disks[1].unwritable = {SLOTS[index] for index in ODD_AND_FAR}
+    for disk in disks.values():
+        disk.unwritable = {SLOTS[index] for index in ODD_AND_FAR}
     with pytest.raises(CommitFailed, match="took no copy"):
         commit(disks, old, new)
-    assert [copy.header.generation for copy in survey(disks[0]).copies] == [1, 2, 1, 2, 1, 2, 2]
-    assert {copy.header.generation for copy in survey(disks[1]).copies} == {1}
+    for disk in disks.values():
+        assert {copy.header.generation for copy in survey(disk).copies} == {1}
+    assert chosen(*disks.values()).metadata == old
+
+
+@pytest.mark.parametrize("fault", ["no copy", "no flush", "no read"])
+@pytest.mark.parametrize("failing", [0, 1])
+def test_a_device_that_fails_is_left_out(failing: int, fault: str) -> None:
+    old, new = first(2), after(first(2))
+    disks = pool(old)
+    disk = disks[failing]
+    if fault == "no copy":
+        disk.unwritable = {SLOTS[index] for index in ODD_AND_FAR}
+    elif fault == "no flush":
+        disk.flush_fails = True
+    else:
+        disk.unreadable = set(SLOTS)
+    done = commit(disks, old, new)
+    assert done[failing].left_out
+    assert not done[1 - failing].left_out
+    assert {c.header.generation for c in survey(disks[1 - failing]).copies} == {2}
+    disk.unwritable, disk.flush_fails, disk.unreadable = set(), False, set()
+    left = {copy.header.generation for copy in survey(disk).copies}
+    # The copies that are written last are not touched on a device that failed before.
+    assert left == ({1, 2} if fault == "no flush" else {1})
     assert chosen(*disks.values()).metadata == new
+    # It takes part again when it was brought up to date, or is known to be behind.
+    commit(disks, new, after(new), stale=[failing])
+    assert chosen(*disks.values()).stale == frozenset()
+
+
+def test_a_device_that_contradicts_stops_the_commit_beside_one_that_fails() -> None:
+    old, new = first(2), after(first(2))
+    disks = pool(new)
+    fill(disks[1], old, spare=1)
+    disks[0].unreadable = set(SLOTS)
+    refused(LostWrite, disks, new, after(new))
+
+
+def test_without_a_device_that_can_be_read_nothing_is_written() -> None:
+    old = first(2)
+    disks = pool(old)
+    for disk in disks.values():
+        disk.unreadable = set(SLOTS)
+    refused(CommitFailed, disks, old, after(old))
 
 
 def test_a_flush_that_fails_fails_the_commit() -> None:

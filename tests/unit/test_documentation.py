@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import ast
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +16,8 @@ from ansible.module_utils.common.arg_spec import ArgumentSpecValidator
 
 from dm_remap.engine import RemappedChunk, RemapReport
 from dm_remap.format import Extent, LostRange
-from dm_remap.planner import Plan, Request, plan_present
-from dm_remap.report import describe_remap, describe_target
+from dm_remap.planner import LostSpare, Plan, Request, plan_present
+from dm_remap.report import describe_emptied, describe_remap, describe_target
 from plugins.modules import target as target_module
 from tests.unit.test_planner import REQUEST, active, blank, created
 
@@ -57,13 +57,22 @@ def test_every_key_of_a_target_is_documented() -> None:
     # It stands in place of the others.
     del documented["error"]
     metadata = created(Extent(3, 2, 0, 0), lost=(LostRange(390, 2),))
-    check_keys(documented, describe_target(active(metadata)), "targets")
+    target = active(metadata)
+    lost = LostSpare(0, "253:0", "8:16", "/dev/spare0", "cannot be read")
+    degraded = replace(target, spares=target.spares[1:], lost_spares=(lost,))
+    check_keys(documented, describe_target(degraded), "targets")
+
+
+def test_every_key_of_a_change_of_spares_is_documented() -> None:
+    documented = text("spare", "RETURN")["emptied"]["contains"]
+    chunk = RemappedChunk(3, 384, 128, 0, 7, 120, 4, [(390, 2)], [(392, 2)])
+    check_keys(documented, describe_emptied([chunk]), "emptied")
 
 
 def test_every_key_of_a_remap_is_documented() -> None:
     documented = text("sectors", "RETURN")
     del documented["actions"]
-    chunk = RemappedChunk(3, 384, 128, 0, 7, 120, 5, [(390, 2)])
+    chunk = RemappedChunk(3, 384, 128, 0, 7, 120, 4, [(390, 2)], [(392, 2)])
     report = RemapReport(Plan("data", after={"generation": 4}), [chunk])
     check_keys(documented, describe_remap(report), "sectors")
 

@@ -21,7 +21,7 @@ import pytest
 from dm_remap import copies, planner
 from dm_remap import engine as engine_module
 from dm_remap.devmapper import Segment
-from dm_remap.engine import Engine, RemapReport
+from dm_remap.engine import Engine, Moved, RemapReport, Route
 from dm_remap.errors import DmRemapError, Refused, StaleGeneration
 from dm_remap.format import geometry_of, minimum_spare_sectors
 from dm_remap.planner import Request, plan_absent, plan_present, plan_upkeep
@@ -155,6 +155,22 @@ class Scene:
     def remap(self, *ranges: tuple[int, int], engine: Engine | None = None) -> RemapReport:
         return (engine or self.engine()).remap(NAME, ranges, patience=QUICK)
 
+    def return_to_main(self, *ranges: tuple[int, int], engine: Engine | None = None) -> RemapReport:
+        return (engine or self.engine()).return_to_main(NAME, ranges, patience=QUICK)
+
+    def move(self, index: int, engine: Engine | None = None) -> Moved:
+        """Move all chunks of a spare to others."""
+        used = engine or self.engine()
+        target = used.require(NAME)
+        chunks = [
+            chunk
+            for extent in target.metadata.extents
+            if extent.spare == index
+            for chunk in range(extent.logical, extent.logical + extent.length)
+        ]
+        with used.opened(target) as disks:
+            return used.move(target, disks, chunks, QUICK, route=Route(avoid=frozenset({index})))
+
     def read(self, sector: int) -> bytes | None:
         try:
             return self.kernel.read(self.kernel.mapped[NAME].devno, sector, self.app.block)
@@ -174,6 +190,11 @@ class Scene:
     def at(self, kernel: Kernel, app: App) -> Scene:
         return replace(self, kernel=kernel, app=app)
 
+    def check_blocks(self, power_cut: bool = False, why: str = "") -> None:
+        """All blocks read as they may."""
+        for sector in range(0, self.main.sectors, self.app.block):
+            assert self.read(sector) in self.app.allowed(sector, power_cut), (sector, why)
+
     def check(self, power_cut: bool = False, why: str = "") -> None:
         """All blocks read as they may, nothing waits, and nothing is left to be planned."""
         self.app.settle(self.kernel)
@@ -182,8 +203,7 @@ class Scene:
         for device in self.kernel.mapped.values():
             assert not device.suspended, (device.name, why)
             assert not device.inactive, (device.name, why)
-        for sector in range(0, self.main.sectors, self.app.block):
-            assert self.read(sector) in self.app.allowed(sector, power_cut), (sector, why)
+        self.check_blocks(power_cut, why)
         assert not self.plan().actions, why
         target = self.engine().require(NAME)
         lost = [(item.sector, item.count) for item in target.metadata.lost]
@@ -966,6 +986,246 @@ def test_a_spare_that_dies_anywhere_in_a_remap(
         scene.spares[dying].dead = False
         scene.create()
         scene.check(why=why)
+
+
+# From a spare to others, and back to main
+
+
+def remapped(folder: Path, spares: int = 1, on_error: str = "fail", block: int = 1) -> Scene:
+    """A target with remapped chunks, of which the first has a lost sector, and old data on main."""
+    scene = make_scene(folder, spares, block, on_error=on_error)
+    create_held(scene)
+    scene.spoil(41)
+    scene.remap((40, 2 * CHUNK), (SECTORS - 1, 1))
+    scene.main.bad.clear()
+    scene.main.stable_bad.clear()
+    for sector in (44, 50, SECTORS - 2):
+        scene.app.write(scene.kernel, sector)
+    scene.app.flush(scene.kernel)
+    return scene
+
+
+def place(scene: Scene, chunk: int) -> tuple[int, int] | None:
+    found = planner.extents.place_of(scene.engine().require(NAME).metadata.extents, chunk)
+    return (found.spare, found.physical) if found else None
+
+
+def test_chunks_move_to_another_spare_with_their_lost_sectors(tmp_path: Path) -> None:
+    scene = remapped(tmp_path, spares=2)
+    reads: list[tuple[int, int]] = []
+    geometry = geometry_of(scene.engine().require(NAME).metadata, 0)
+    first = geometry.chunk_sector(0)
+    scene.spares[0].on_read = lambda sector, count: reads.append((sector - first, count))
+    moved = scene.move(0)
+    scene.spares[0].on_read = None
+    assert [place(scene, chunk) for chunk in (5, 6, 24)] == [(1, 0), (1, 1), (1, 2)]
+    assert moved.chunks[0].lost_before == [(41, 1)]
+    assert moved.chunks[0].lost == []
+    assert moved.chunks[0].origin == 0
+    single = [read for read in reads if read[0] <= 1 < sum(read)]
+    assert single == [(1, 1)], "what is known to be lost is read once"
+    scene.spares[0].dead = True
+    scene.check_blocks()
+    scene.spares[0].dead = False
+    scene.check()
+
+
+def test_a_sector_that_a_spare_cannot_read_is_lost(tmp_path: Path) -> None:
+    scene = remapped(tmp_path, spares=2)
+    scene.engine().apply(plan_upkeep(scene.engine().require(NAME)))
+    geometry = geometry_of(scene.engine().require(NAME).metadata, 0)
+    scene.spares[0].spoil([geometry.chunk_sector(1) + 3])
+    scene.app.versions[51] = [None]
+    moved = scene.move(0)
+    assert [chunk.lost for chunk in moved.chunks] == [[], [(51, 1)], []]
+    lost = scene.engine().require(NAME).metadata.lost
+    assert [(item.sector, item.count) for item in lost] == [(41, 1), (51, 1)]
+    scene.check()
+
+
+@pytest.mark.parametrize("back", [False, True])
+def test_what_was_written_since_is_lost_no_more(tmp_path: Path, back: bool) -> None:
+    scene = remapped(tmp_path, spares=2)
+    scene.app.write(scene.kernel, 41)
+    if back:
+        assert scene.return_to_main((40, 1)).staying == []
+    else:
+        scene.move(0)
+    assert scene.engine().require(NAME).metadata.lost == ()
+    scene.check()
+
+
+def test_a_dead_spare_loses_nothing_by_a_move(tmp_path: Path) -> None:
+    scene = remapped(tmp_path, spares=2)
+
+    def step(name: str) -> None:
+        scene.spares[0].dead = scene.spares[0].dead or name == "frozen"
+
+    with pytest.raises(DmRemapError, match="reads fail everywhere"):
+        scene.move(0, scene.engine(step=step))
+    scene.spares[0].dead = False
+    scene.create()
+    scene.check()
+    assert place(scene, 5) == (0, 0)
+
+
+@pytest.mark.parametrize("block", [1, 8])
+def test_a_chunk_returns_to_main_and_goes_again(tmp_path: Path, block: int) -> None:
+    scene = make_scene(tmp_path, block=block)
+    scene.create()
+    scene.remap((40, block))
+    scene.app.write(scene.kernel, 40)
+    report = scene.return_to_main((40, block))
+    (chunk,) = report.chunks
+    assert (chunk.spare, chunk.spare_chunk, chunk.origin, chunk.moved) == (None, None, 0, True)
+    assert [action.kind for action in report.plan.actions] == ["return_chunk", "commit_metadata"]
+    assert place(scene, 5) is None
+    scene.check()
+    again = scene.return_to_main((40, block))
+    assert (again.chunks, again.plan.changes, again.generation) == ([], False, 3)
+    scene.app.write(scene.kernel, 40)
+    scene.remap((40, block))
+    assert place(scene, 5) is not None
+    scene.check()
+
+
+def test_a_chunk_with_a_lost_sector_stays(tmp_path: Path) -> None:
+    scene = remapped(tmp_path)
+    before = dict(scene.main.content)
+    report = scene.return_to_main((40, 1))
+    (chunk,) = report.staying
+    assert "sectors 41+1 cannot be read; write them first" in chunk.reason
+    assert not report.plan.changes
+    assert scene.main.content == before
+    scene.check()
+
+
+def test_a_sector_that_fails_while_its_chunk_returns_is_not_lost(tmp_path: Path) -> None:
+    """The chunk stays whole; only a move to another spare may give a sector up."""
+    scene = remapped(tmp_path)
+    geometry = geometry_of(scene.engine().require(NAME).metadata, 0)
+    scene.kernel.suspend(f"{NAME}-spare0")
+    scene.kernel.resume(f"{NAME}-spare0")
+    scene.spares[0].spoil([geometry.chunk_sector(1) + 3])
+    report = scene.return_to_main((48, 1))
+    assert "sectors 51+1 cannot be read" in report.staying[0].reason
+    assert place(scene, 6) == (0, 1)
+    scene.spares[0].bad.clear()
+    scene.check()
+
+
+@pytest.mark.parametrize("fault", ["write", "read", "drops", "dead", "flush"])
+def test_a_bad_place_on_main_keeps_its_chunk_on_the_spare(tmp_path: Path, fault: str) -> None:
+    scene = remapped(tmp_path)
+    main = scene.main
+    if fault == "write":
+        main.unwritable = {50}
+    elif fault == "read":
+        main.heals = False
+        main.spoil([50])
+    elif fault == "dead":
+        main.dead = True
+    elif fault == "flush":
+        main.flush_fails = True
+
+    def step(name: str) -> None:
+        # The second turn finds what the first one did not.
+        if fault == "drops" and name == "main_written":
+            main.on_read = lambda sector, count: main.content.update({50: bytes(SECTOR)})
+
+    report = scene.return_to_main((48, 1), (SECTORS - 1, 1), engine=scene.engine(step=step))
+    main.on_read, main.dead, main.flush_fails, main.unwritable = None, False, False, set()
+    staying = [6, 24] if fault in ("dead", "flush") else [6]
+    assert [chunk.chunk for chunk in report.staying] == staying
+    assert (
+        "its place on main" in report.staying[0].reason or "main cannot" in report.staying[0].reason
+    )
+    assert report.plan.changes == (len(staying) == 1)
+    assert place(scene, 6) == (0, 1)
+    scene.main.bad.clear()
+    scene.check()
+
+
+def test_nothing_but_the_chunks_own_data_is_written_to_main(tmp_path: Path) -> None:
+    scene = remapped(tmp_path)
+    before = dict(scene.main.content)
+    scene.return_to_main((0, SECTORS))
+    changed = {s for s in range(SECTORS) if scene.main.content[s] != before[s]}
+    assert changed <= {*range(48, 56), *range(SECTORS - 5, SECTORS)}
+    assert all(scene.main.content[s] == scene.app.versions[s][-1] for s in changed)
+
+
+def crash_everywhere(
+    scene: Scene,
+    command: Callable[[Engine], object],
+    power_cut: bool,
+    writes: Sequence[int],
+    settle: Callable[[Scene], object] = lambda scene: scene.create(),
+) -> set[int]:
+    """Crash a command anywhere, look at what is left, do it again; the generations left."""
+    turn = itertools.count()
+
+    def on_step(name: str) -> None:
+        number = next(turn)
+        scene.app.write(scene.kernel, writes[number % len(writes)])
+        frozen = scene.kernel.mapped.get(f"{NAME}-frozen")
+        parked = not frozen or [s.target for s in frozen.live.segments] == ["linear"]
+        if power_cut and number % 3 == 0 and parked:
+            scene.app.flush(scene.kernel)
+
+    crashes = record(scene, command, on_step)
+    assert len(crashes) > 30
+    generations = set()
+    for crash in crashes:
+        some = survivals(crash.kernel.volatile(), crash.label) if power_cut else [None]
+        for survivors in itertools.islice(some, 4):
+            left = scene.at(crash.kernel.clone(), crash.app.clone())
+            if survivors is not None:
+                left.kernel.cut_power(survivors)
+                left.app.waiting.clear()
+            settle(left)
+            left.check(power_cut, why=crash.label)
+            generations.add(left.generation())
+    return generations
+
+
+@pytest.mark.parametrize("on_error", ["fail", "hold"])
+@pytest.mark.parametrize("power_cut", [False, True], ids=["killed", "power cut"])
+def test_a_crash_anywhere_in_a_move_between_spares(
+    tmp_path: Path, on_error: str, power_cut: bool
+) -> None:
+    scene = remapped(tmp_path, spares=2, on_error=on_error)
+    found = crash_everywhere(
+        scene, lambda engine: scene.move(0, engine), power_cut, (40, 44, 48, 55, 80)
+    )
+    assert found == {2, 3}
+
+
+@pytest.mark.parametrize("on_error", ["fail", "hold"])
+@pytest.mark.parametrize("power_cut", [False, True], ids=["killed", "power cut"])
+def test_a_crash_anywhere_in_a_return(tmp_path: Path, on_error: str, power_cut: bool) -> None:
+    scene = remapped(tmp_path, on_error=on_error)
+    ranges = [(48, 1), (SECTORS - 1, 1)]
+    found = crash_everywhere(
+        scene,
+        lambda engine: scene.return_to_main(*ranges, engine=engine),
+        power_cut,
+        (48, 52, 55, 80, SECTORS - 1),
+    )
+    assert found == {2, 3}
+
+
+def test_a_place_that_was_left_shows_no_old_data(tmp_path: Path) -> None:
+    """Two spares take turns with a chunk, so its lost sector gets places that were used before."""
+    scene = remapped(tmp_path, spares=2)
+    seen = set()
+    for index in (0, 1, 0, 1):
+        scene.app.write(scene.kernel, 42)
+        scene.move(index)
+        seen.add(place(scene, 5))
+        scene.check()
+    assert len(seen) >= 2
+    assert scene.read(41) is None
 
 
 # What else may be on a host

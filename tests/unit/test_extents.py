@@ -19,7 +19,10 @@ from dm_remap.extents import (
     find,
     merge,
     merge_sectors,
+    place_of,
     runs,
+    without,
+    without_sectors,
 )
 from dm_remap.format import Extent
 
@@ -130,3 +133,38 @@ def test_runs_are_the_numbers_and_do_not_touch(numbers: set[int]) -> None:
     found = runs(sorted(numbers))
     assert [n for first, count in found for n in range(first, first + count)] == sorted(numbers)
     assert all(sum(before) < after[0] for before, after in zip(found, found[1:]))
+
+
+@given(st.sets(st.integers(0, 60)), st.sets(st.integers(0, 60)), st.integers(0, 3))
+def test_chunks_are_taken_out_and_the_rest_stays(
+    chunks: set[int], cut: set[int], shift: int
+) -> None:
+    known = {chunk: 100 + shift + chunk for chunk in chunks}
+    extents = merge(Extent(chunk, 1, 0, place) for chunk, place in known.items())
+    left = without(extents, cut)
+    assert left == sorted(left)
+    found = {
+        extent.logical + number: extent.physical + number
+        for extent in left
+        for number in range(extent.length)
+    }
+    assert found == {chunk: place for chunk, place in known.items() if chunk not in cut}
+    assert all(extent.length > 0 for extent in left)
+    for chunk in chunks:
+        assert place_of(extents, chunk) == Extent(chunk, 1, 0, known[chunk])
+
+
+RANGES = st.lists(st.tuples(st.integers(0, 40), st.integers(1, 9)), max_size=8)
+
+
+@given(RANGES, RANGES)
+def test_sectors_are_taken_out_of_ranges(
+    ranges: list[tuple[int, int]], holes: list[tuple[int, int]]
+) -> None:
+    def numbers(pieces: list[tuple[int, int]]) -> set[int]:
+        return {sector for start, count in pieces for sector in range(start, start + count)}
+
+    left = without_sectors(ranges, holes)
+    assert numbers(left) == numbers(ranges) - numbers(holes)
+    assert sorted(left) == left
+    assert sum(count for _start, count in left) == len(numbers(left))

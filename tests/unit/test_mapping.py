@@ -50,10 +50,11 @@ def cases(draw: st.DrawFn) -> Case:
     singles = []
     held = []
     for logical in range(chunks):
-        kind = draw(st.sampled_from(["main", "next", "any", "frozen"]))
-        if kind == "frozen":
+        kind = draw(st.sampled_from(["main", "next", "any"]))
+        # Chunks are moved from main and from spares.
+        if draw(st.integers(0, 3)) == 0:
             held.append(logical)
-        elif kind != "main":
+        if kind != "main":
             spare = draw(st.sampled_from(sorted(SPARES)))
             pick = 0 if kind == "next" else draw(st.integers(0, len(free[spare]) - 1))
             singles.append(Extent(logical, 1, spare, free[spare].pop(pick)))

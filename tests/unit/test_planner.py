@@ -569,17 +569,31 @@ def test_a_second_run_plans_nothing() -> None:
     assert plan.before == plan.after
 
 
-def test_an_active_target_keeps_its_main_and_spares() -> None:
+def test_an_active_target_keeps_its_main() -> None:
     seen = seen_active(active())
     other = replace(seen, main=info("/dev/main", devno="8:99"))
     with pytest.raises(Refused, match="is active with the main"):
         plan_present(REQUEST, other)
+
+
+def test_the_spares_of_an_active_target_are_changed_as_the_list_is() -> None:
+    seen = seen_active(active())
     fewer = replace(seen, candidates=seen.candidates[:1])
-    with pytest.raises(Refused, match="is active with the spares"):
-        plan_present(replace(REQUEST, spares=REQUEST.spares[:1]), fewer)
+    plan = plan_present(replace(REQUEST, spares=REQUEST.spares[:1]), fewer)
+    assert kinds(plan) == ["remove_spare", "wipe_metadata", "deactivate_spare"]
     third = replace(seen, candidates=(*seen.candidates[:1], candidate("/dev/spare2")))
-    with pytest.raises(Refused, match="is active with the spares"):
-        plan_present(replace(REQUEST, spares=("/dev/spare0", "/dev/spare2")), third)
+    plan = plan_present(replace(REQUEST, spares=("/dev/spare0", "/dev/spare2")), third)
+    assert kinds(plan) == [
+        "format_spare",
+        "activate_spare",
+        "add_spare",
+        "remove_spare",
+        "wipe_metadata",
+        "deactivate_spare",
+    ]
+    twice = replace(seen, candidates=(*seen.candidates, seen.candidates[0]))
+    with pytest.raises(Refused, match="is given twice"):
+        plan_present(replace(REQUEST, spares=(*REQUEST.spares, "/dev/spare0")), twice)
 
 
 def test_a_target_without_sectors_of_main_is_known_by_its_spares() -> None:
