@@ -530,8 +530,6 @@ class Reflex:
         now = self._clock()
         path = self._engine.path_of(name)
         if path.active and path.queueing:
-            if now >= ward.struck + _CALM_SECONDS:
-                ward.strikes = 0
             return
         ward.alert_until = now + _ALERT_SECONDS
         # What fails again at once must not keep this process busy.
@@ -543,6 +541,8 @@ class Reflex:
         with self._engine.try_locked(name) as locked:
             if not locked:
                 return
+            if now >= ward.struck + _CALM_SECONDS:
+                ward.strikes = 0
             ward.strikes, ward.struck = ward.strikes + 1, now
             if ward.strikes < _STRIKES:
                 self._release(ward)
