@@ -143,10 +143,18 @@ class Reports:
 
     def __init__(self, keep: int = _REPORTS_KEPT) -> None:
         self._kept: collections.deque[dict[str, Any]] = collections.deque(maxlen=keep)
+        self._begun = time.time_ns()
+        self._count = 0
         self.listener: Callable[[], None] = lambda: None
 
     def add(self, report: dict[str, Any]) -> None:
-        """Keep a report and tell the listener that there is one."""
+        """Keep a report and tell the listener that there is one.
+
+        It gets its time and an id: when the reports began, and its number among those of the ends
+        of healings, or that of the last one if it is of a beginning.
+        """
+        self._count += report["type"] != "healing"
+        report.update(id=[self._begun, self._count], time_ns=time.time_ns())
         self._kept.append(report)
         self.listener()
 

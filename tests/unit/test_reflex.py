@@ -180,6 +180,7 @@ def test_a_write_that_fails_is_done_on_the_spare(tmp_path: Path, block: int) -> 
     target.app.settle(target.kernel)
     assert not target.kernel.failed
     assert target.app.acknowledged == {40: 1}
+    assert healer.kinds() == ["healing", "healed"], "reading well proves nothing about writing"
     assert healer.reports[-1]["operation"] == "write"
     target.check()
 
@@ -807,12 +808,16 @@ def test_reports_wait_for_a_listener_and_the_oldest_go_first() -> None:
     reports = Reports(keep=2)
     told: list[int] = []
     reports.listener = lambda: told.append(1)
-    first, second, third = {"n": 1}, {"n": 2}, {"n": 3}
+    reported: list[dict[str, Any]] = [{"type": t} for t in ("healed", "healing", "failed")]
+    first, second, third = reported
     reports.add(first)
     assert reports.first() is first
+    assert first["time_ns"] > 0
     reports.add(second)
     reports.add(third)
     assert len(told) == 3
+    begun = first["id"][0]
+    assert [report["id"] for report in (first, second, third)] == [[begun, n] for n in (1, 1, 2)]
     reports.forget(first)
     assert reports.first() is second, "what was dropped already is not forgotten twice"
     reports.forget(second)
