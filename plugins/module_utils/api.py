@@ -258,6 +258,9 @@ _COUNTERS = {
     "bios": "Failed requests of stacked devices seen, those on top of disks included",
     "overruns": "Trace entries that the kernel dropped",
     "merged": "Failed requests that told nothing new",
+    "healed": "Healings of held I/O that moved chunks to a spare",
+    "lost_sectors": "Sectors that these could not read by any means",
+    "failed": "Healings of held I/O that failed, so that the I/O failed too",
 }
 _GAUGES = {
     "waiting": "Failed requests, identical ones as one, that no event explains yet",

@@ -28,10 +28,12 @@ from . import api, credentials, events, settings
 from .blockdev import SECTOR_BYTES, BlockDevice, node_of
 from .errors import DmRemapError, MissingKernelFeature
 from .events import Draft, Origin, counted, local_origin
+from .healed import HealerLink, finding_of, known_number, note_of, number_of
 from .inventory import Guarded, backed_up_generation, guarded_targets
 from .journal import DamagedJournal, Journal, Observation, Page, failure, move_aside
+from .planner import HOLD
 from .probing import DeviceState, Readable, device_state, kernel_name, physical_block
-from .service import notify
+from .service import HEALER_SOCKET, notify
 from .stack import UUID_PREFIX
 from .threads import Worker
 from .tracing import READ, BlockError, TraceInstance, parse_lines
@@ -44,6 +46,8 @@ _CHECK_SECONDS = 10.0
 _RETRY_SECONDS = 5.0
 _DEVICE_MAPPER_SECONDS = 10.0
 _STUCK_SECONDS = 10.0
+# Within it the healer has begun to heal what it can.
+_HEALER_SECONDS = 1.0
 # Room for a burst of old events when the daemon starts, to know what was reported.
 _RECENT_EVENTS = 1000
 _JOURNAL_ERRORS = (sqlite3.Error, OSError)
@@ -97,6 +101,7 @@ class Daemon:
         trace: the tracefs instance.
         host: the machine.
         clock: seconds that only rise.
+        healer_socket: where the healer hands out its reports.
     """
 
     def __init__(
@@ -106,6 +111,7 @@ class Daemon:
         trace: TraceInstance,
         host: Host,
         clock: Callable[[], float] = time.monotonic,
+        healer_socket: str = HEALER_SOCKET,
     ) -> None:
         self._settings = configuration
         self._origin = origin
@@ -128,6 +134,9 @@ class Daemon:
         self._blind_told = ""
         self._stopping = False
         self._server: api.Server | None = None
+        self._healer_socket = healer_socket
+        self._healer: HealerLink | None = None
+        self._reported = (0, 0)
         self._journal: Any = None
         self.journal_id = ""
         self.port = configuration.port
@@ -161,6 +170,10 @@ class Daemon:
         troubles = dict(self._troubles)
         if self._journal_thread.busy_seconds() > _STUCK_SECONDS:
             troubles["journal"] = f"{self._settings.journal}: its disk does not answer"
+        held = [target.name for target in self._targets if target.on_error == HOLD]
+        if held and self._healer and not self._healer.connected:
+            names = ", ".join(held)
+            troubles["healer"] = f"nobody heals failed I/O of {names}: {self._healer.trouble}"
         blind = {"tracing", "journal"} & set(troubles)
         return {
             "status": "blind" if blind else "degraded" if troubles else "ok",
@@ -173,6 +186,9 @@ class Daemon:
             "bios": self._counts["bios"],
             "overruns": self._counts["overruns"],
             "merged": self._counts["merged"],
+            "healed": self._counts["healed"],
+            "lost_sectors": self._counts["lost_sectors"],
+            "failed": self._counts["failed"],
             "events": dict(sorted(self._written.items())),
         }
 
@@ -198,6 +214,8 @@ class Daemon:
                 await self._pause()
                 await self._listen()
             if not stop.is_set():
+                self._healer = HealerLink(self._healer_socket, self._take_report)
+                self._tasks["healer"] = asyncio.ensure_future(self._healer.follow())
                 await self._check()
                 ready()
                 await self._watch()
@@ -240,6 +258,8 @@ class Daemon:
                 self._journal = journal
             stale = await self._journal_thread.call(self._journal.stale)
             pending = await self._journal_thread.call(self._journal.pending)
+            note = await self._journal_thread.call(self._journal.note, "healer")
+            self._reported = known_number(note)
             started = Draft(events.STARTED, f"dm-remapd watches {self._origin.host}")
             await self._write([*_forgotten(stale), started], stale)
         except (DmRemapError, *_JOURNAL_ERRORS) as error:
@@ -437,6 +457,7 @@ class Daemon:
             self._dirty.discard(devno)
             await asyncio.sleep(self._settings.burst_seconds)
             try:
+                await self._wait_for_healer(devno)
                 await self._explain(devno)
             except asyncio.CancelledError:
                 raise
@@ -449,6 +470,47 @@ class Daemon:
                 await self._pause()
             else:
                 self._troubles.pop(trouble, None)
+
+    async def _wait_for_healer(self, devno: str) -> None:
+        """Let the healer have its chance: errors of chunks that are on a spare then are no news."""
+        if self._healer and self._healer.connected:
+            targets = await self._targets_on(devno)
+            held = [target.name for target in targets if target.on_error == HOLD]
+            if held:
+                await self._healer.wait(held, _HEALER_SECONDS)
+
+    async def _take_report(self, report: Mapping[str, Any]) -> None:
+        """Write down what the healer did; returns when that is in the journal.
+
+        Raises:
+            OSError: the daemon stops, and the report must come again.
+        """
+        try:
+            number = number_of(report)
+            finding = finding_of(report, self._watcher.is_news)
+        except (KeyError, TypeError, ValueError):
+            log.exception("the healer reports what is not understood: %.200r", report)
+            return
+        begun, known = self._reported
+        if number[0] == begun and number[1] <= known:
+            return  # it came before, and only the answer was lost
+        dropped = number[1] - 1 - (known if number[0] == begun else 0) if begun else 0
+        drafts = list(finding.drafts)
+        if dropped:
+            many = counted(dropped, "report")
+            drafts.insert(0, Draft(events.OVERRUN, f"{many} of the healer came to nobody in time"))
+        while not await self._try_to_write(
+            drafts, notes={"healer": note_of(number)}, time_ns=int(report["time_ns"])
+        ):
+            if self._stop.is_set():
+                raise OSError(errno.ECANCELED, "the daemon stops")
+            await self._pause()
+        self._reported = number
+        self._watcher.confirm(finding)
+        self._counts["merged"] += finding.merged
+        self._counts["healed"] += report["type"] == "healed"
+        self._counts["failed"] += report["type"] == "failed"
+        self._counts["lost_sectors"] += sum(item["count"] for item in report["lost"])
 
     async def _explain(self, devno: str) -> None:
         """Find out what failed requests of a device mean for each target, and write that down."""
@@ -554,11 +616,14 @@ class Daemon:
             self._tell()
 
     async def _try_to_write(
-        self, drafts: Sequence[Draft] = (), notes: Mapping[str, str] | None = None
+        self,
+        drafts: Sequence[Draft] = (),
+        notes: Mapping[str, str] | None = None,
+        time_ns: int | None = None,
     ) -> bool:
         """Write to the journal; a failure is a trouble, and False."""
         try:
-            await self._write(drafts, notes=notes)
+            await self._write(drafts, time_ns=time_ns, notes=notes)
         except _JOURNAL_ERRORS as error:
             self._journal_failed(error)
             return False
@@ -644,6 +709,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--config", default=settings.PATH, help="configuration file (%(default)s)")
     commands = parser.add_subparsers(dest="command")
     commands.add_parser("run", help="watch until told to stop (the default)")
+    commands.add_parser("heal", help="heal I/O that targets hold, until told to stop")
     making = commands.add_parser("credentials", help="make the token and the certificate")
     making.add_argument(
         "--name",
@@ -654,6 +720,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     making.add_argument("--check", action="store_true", help="only say what is missing")
     options = parser.parse_args(arguments)
+    if options.command == "heal":
+        # It has a log of its own, and no part of the daemon.
+        from . import healer
+
+        return healer.main()
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     try:
         configuration = settings.load(options.config)

@@ -26,6 +26,10 @@ DEVICE_LOST = "device_lost"
 DEVICE_SLOW = "device_slow"
 BLIND = "blind"
 OVERRUN = "overrun"
+REMAPPED = "remapped"
+SECTORS_LOST = "sectors_lost"
+REMAP_FAILED = "remap_failed"
+FLUSH_FAILED = "flush_failed"
 STARTED = "started"
 POOL_WARN = "pool_warn"
 POOL_CRITICAL = "pool_critical"
@@ -39,6 +43,10 @@ SEVERITIES: Mapping[str, str] = {
     DEVICE_SLOW: "warning",
     BLIND: "critical",
     OVERRUN: "error",
+    REMAPPED: "warning",
+    SECTORS_LOST: "critical",
+    REMAP_FAILED: "error",
+    FLUSH_FAILED: "critical",
     STARTED: "info",
     POOL_WARN: "warning",
     POOL_CRITICAL: "error",
@@ -63,8 +71,10 @@ class Draft:
         target: name of the target, or "" when the event is about the host.
         device: kernel name of the device (`sda`), or "".
         operation: `read`, `write`, `flush`, or "".
-        sectors: ranges (start, count) in logical sectors of the target that need a remap.
-        suspect: ranges (start, count) of the failed requests, in the same unit.
+        sectors: ranges (start, count) in logical sectors of the target that need a remap, or that
+            are lost.
+        suspect: ranges (start, count) of the failed requests, or of what was moved, in the same
+            unit.
         errno: positive error number, 0 when there is none.
         requests: number of failed requests that led to this event.
         merged: number of requests since the last event of this device that told nothing new.

@@ -23,14 +23,12 @@ import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from .engine import LOCK_DIR, Engine
+from .engine import Engine
 from .errors import DmRemapError
 from .format import Metadata
 from .reflex import INSTANCE, Reflex, Reports, wake_up
-from .service import notify
+from .service import HEALER_SOCKET, notify
 from .tracing import TraceInstance
-
-SOCKET = os.path.join(LOCK_DIR, "healer.sock")
 
 _MCL_CURRENT, _MCL_FUTURE = 1, 2
 # Any real-time priority is above all that has none.
@@ -82,7 +80,7 @@ class ReportServer:
         path: path of the socket.
     """
 
-    def __init__(self, reports: Reports, path: str = SOCKET) -> None:
+    def __init__(self, reports: Reports, path: str = HEALER_SOCKET) -> None:
         self._reports = reports
         self._news = threading.Event()
         reports.listener = self._news.set

@@ -11,13 +11,14 @@ from __future__ import annotations
 import os
 import re
 import uuid
-from collections.abc import Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Callable, Protocol
 
 from .devmapper import MappedDevice, Segment
 from .extents import merge_sectors
 from .mapping import linear_target
+from .planner import FAIL, HOLD
 from .probing import serves_requests, whole_disk
 
 
@@ -32,9 +33,11 @@ class Guarded:
         disk: device number of the whole disk, the main's own unless that is a partition.
         start: the main's first sector on that disk.
         sectors: the target's size.
-        live: ranges (start, count) of the target's sectors that main still serves.
+        live: ranges (start, count) of the target's sectors that main still serves; chunks that are
+            on the move count, because main's errors there are no old news yet.
         request_based: whether the disk's errors come as requests, else they come as bios.
         generation: of the newest metadata that this host committed, 0 if it keeps none.
+        on_error: ``hold`` where failed I/O waits for a remap, else ``fail``.
     """
 
     name: str
@@ -46,6 +49,7 @@ class Guarded:
     live: tuple[tuple[int, int], ...]
     request_based: bool = True
     generation: int = 0
+    on_error: str = FAIL
 
 
 class Tables(Protocol):
@@ -59,6 +63,9 @@ class Tables(Protocol):
 
     def table(self, name: str) -> list[Segment]:
         """Return the live table of a mapped device."""
+
+    def dependencies(self, name: str) -> list[str]:
+        """Return the device numbers that the live table of a mapped device uses."""
 
 
 def guarded_targets(
@@ -82,31 +89,92 @@ def guarded_targets(
     for name in tables.names():
         device = tables.info(name)
         if device is not None and device.uuid.startswith(prefix):
-            own[device.devno] = device
+            own[device.uuid[len(prefix) :]] = device
     found = []
-    for device in own.values():
-        digits = device.uuid[len(prefix) :]
+    for digits, device in own.items():
         if not device.live_table or not re.fullmatch("[0-9a-f]{32}", digits):
             continue
-        segments = tables.table(device.name)
-        main = _main_of(segments, set(own))
-        if main is None:
+        layers = _layers(tables, own, digits)
+        if layers is None:
             continue
-        disk, start = disk_of(main)
+        disk, start = disk_of(layers.main)
         found.append(
             Guarded(
                 name=device.name,
                 uuid=uuid.UUID(digits),
-                main=main,
+                main=layers.main,
                 disk=disk,
                 start=start,
-                sectors=sum(segment.length for segment in segments),
-                live=_live(segments, main),
+                sectors=layers.sectors,
+                live=layers.live,
                 request_based=requests(disk),
                 generation=generation_of(uuid.UUID(digits)),
+                on_error=layers.on_error,
             )
         )
     return found
+
+
+@dataclass(frozen=True)
+class _Layers:
+    """What the tables under a target say; see `stack` for how they stand on each other."""
+
+    main: str
+    sectors: int
+    live: tuple[tuple[int, int], ...]
+    on_error: str
+
+
+def _layers(tables: Tables, own: Mapping[str, MappedDevice], digits: str) -> _Layers | None:
+    """Look through a target's tables; None when no chunk is on its main.
+
+    Args:
+        tables: device-mapper.
+        own: the product's mapped devices, by what follows the prefix in their uuids.
+        digits: what the target's own uuid has there.
+    """
+
+    def part(role: str) -> MappedDevice | None:
+        device = own.get(f"{digits}-{role}")
+        return device if device is not None and device.live_table else None
+
+    device, on_error = own[digits], FAIL
+    hold, upper = part("hold"), part("map")
+    if hold and upper and hold.devno in tables.dependencies(device.name):
+        device, on_error = upper, HOLD
+    ours = {other.devno for other in own.values()}
+
+    def below(role: str) -> str:
+        """The device of somebody else that a part leads to, or ""."""
+        found = part(role)
+        others = tables.dependencies(found.name) if found else []
+        return next((devno for devno in others if devno not in ours), "")
+
+    table = tables.table(device.name)
+    pieces = [_Piece(s.start, s.length, *linear_target(s)) for s in table if s.target == "linear"]
+    at_home = [piece for piece in pieces if piece.offset == piece.start]
+    main = next((p.device for p in at_home if p.device not in ours), "")
+    main = main or below("shim") or below("place")
+    shim, frozen = part("shim"), part("frozen")
+    served = [p for p in at_home if p.device == main or (shim and p.device == shim.devno)]
+    moving = [p for p in pieces if frozen and p.device == frozen.devno]
+    live = merge_sectors((p.start, p.length) for p in [*served, *moving])
+    if not main or not live:
+        return None
+    # Beside a shim a segment beyond the target's end hands flushes to main.
+    carried = sum(p.length for p in pieces if p.device == main and p not in at_home)
+    sectors = sum(segment.length for segment in table) - carried
+    return _Layers(main, sectors, tuple(live), on_error)
+
+
+@dataclass(frozen=True)
+class _Piece:
+    """A linear segment of a map: its first sector and sectors, and where it leads."""
+
+    start: int
+    length: int
+    device: str
+    offset: int
 
 
 def backed_up_generation(folder: str, target: uuid.UUID) -> int:
@@ -117,21 +185,3 @@ def backed_up_generation(folder: str, target: uuid.UUID) -> int:
         return 0
     numbers = [name.partition(".")[0] for name in names if name.endswith(".slot")]
     return max((int(number) for number in numbers if number.isdigit()), default=0)
-
-
-def _main_of(segments: Sequence[Segment], own: set[str]) -> str | None:
-    """The device that serves its sectors at their own place and is not a part of a spare."""
-    for segment in segments:
-        if segment.target == "linear":
-            device, offset = linear_target(segment)
-            if device not in own and offset == segment.start:
-                return device
-    return None
-
-
-def _live(segments: Sequence[Segment], main: str) -> tuple[tuple[int, int], ...]:
-    served = []
-    for segment in segments:
-        if segment.target == "linear" and linear_target(segment)[0] == main:
-            served.append((segment.start, segment.length))
-    return tuple(merge_sectors(served))

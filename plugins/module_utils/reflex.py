@@ -145,10 +145,18 @@ class Reports:
 
     def __init__(self, keep: int = _REPORTS_KEPT) -> None:
         self._kept: collections.deque[dict[str, Any]] = collections.deque(maxlen=keep)
+        self._begun = time.time_ns()
+        self._count = 0
         self.listener: Callable[[], None] = lambda: None
 
     def add(self, report: dict[str, Any]) -> None:
-        """Keep a report and tell the listener that there is one."""
+        """Keep a report and tell the listener that there is one.
+
+        It gets its time and an id: when the reports began, and its number among those of the ends
+        of healings, or that of the last one if it is of a beginning.
+        """
+        self._count += report["type"] != "healing"
+        report.update(id=[self._begun, self._count], time_ns=time.time_ns())
         self._kept.append(report)
         self.listener()
 
@@ -546,8 +554,6 @@ class Reflex:
         now = self._clock()
         path = self._engine.path_of(name)
         if path.active and path.queueing:
-            if now >= ward.struck + _CALM_SECONDS:
-                ward.strikes = 0
             return
         ward.alert_until = now + _ALERT_SECONDS
         # What fails again at once must not keep this process busy.
@@ -559,6 +565,8 @@ class Reflex:
         with self._engine.try_locked(name) as locked:
             if not locked:
                 return
+            if now >= ward.struck + _CALM_SECONDS:
+                ward.strikes = 0
             ward.strikes, ward.struck = ward.strikes + 1, now
             if ward.strikes < _STRIKES:
                 self._release(ward)

@@ -1,12 +1,15 @@
 # Copyright: dm_remap.storage contributors
 # GNU General Public License v3.0+ (see LICENSES/GPL-3.0-or-later.txt or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""What the services tell systemd."""
+"""What the services tell systemd and each other."""
 
 from __future__ import annotations
 
 import os
 import socket
+
+# Where the healer hands out its reports.
+HEALER_SOCKET = "/run/dm-remap/healer.sock"
 
 
 def notify(state: str) -> None:

@@ -278,7 +278,7 @@ class Watcher:
             )
         conditions = []
         for condition, draft in [*_others(question, device), *_unplaced(question, device)]:
-            if self._is_news(target, condition):
+            if self.is_news(target, condition):
                 conditions.append(condition)
                 found.append(draft)
         told = Finding(
@@ -293,7 +293,7 @@ class Watcher:
     def slow(self, target: Guarded, device: str) -> Finding:
         """Return the event for a disk that did not answer in time, once for a while."""
         message = f"{target.name}: {device} did not answer in {self._patience.probe:g} seconds"
-        if not self._is_news(target.name, events.DEVICE_SLOW):
+        if not self.is_news(target.name, events.DEVICE_SLOW):
             return Finding(target.name)
         draft = Draft(
             events.DEVICE_SLOW, message, target.name, device, generation=target.generation
@@ -303,7 +303,7 @@ class Watcher:
     def _lost(self, question: Question, answer: Answer, device: str) -> Finding:
         target = question.target.name
         finding = Finding(target, conditions=[events.DEVICE_LOST], lost=True)
-        if not self._is_news(target, events.DEVICE_LOST):
+        if not self.is_news(target, events.DEVICE_LOST):
             return replace(finding, conditions=[], merged=question.requests)
         reason = {
             DeviceState.GONE: "is gone",
@@ -336,7 +336,8 @@ class Watcher:
             whole += split_draft(numbered)
         return replace(finding, drafts=whole, told=merged)
 
-    def _is_news(self, target: str, condition: str) -> bool:
+    def is_news(self, target: str, condition: str) -> bool:
+        """Return whether a condition of a target was not told for some time."""
         return self._memories[target].conditions.get(condition, 0.0) <= self._clock()
 
 

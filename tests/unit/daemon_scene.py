@@ -143,6 +143,7 @@ class Scene:
             ORIGIN,
             TraceInstance(str(self.root / "tracing")),
             self.host,
+            healer_socket=str(self.root / "healer.sock"),
         )
         stop, ready = asyncio.Event(), asyncio.Event()
         task = asyncio.ensure_future(daemon.run(stop, ready.set))

@@ -5,10 +5,17 @@
 
 from __future__ import annotations
 
+import re
 import uuid
 
+from hypothesis import given
+from hypothesis import strategies as st
+
+from dm_remap import stack
 from dm_remap.devmapper import MappedDevice, Segment
+from dm_remap.format import Extent
 from dm_remap.inventory import backed_up_generation, guarded_targets
+from dm_remap.mapping import build_table
 
 TARGET_ID = uuid.UUID(int=5)
 
@@ -29,6 +36,10 @@ class FakeTables:
 
     def table(self, name):
         return self.devices[name][1]
+
+    def dependencies(self, name):
+        words = [word for segment in self.table(name) for word in segment.params.split()]
+        return list(dict.fromkeys(word for word in words if re.fullmatch(r"\d+:\d+", word)))
 
 
 def guarded(*devices, disks=None):
@@ -108,3 +119,81 @@ def test_the_generation_comes_from_the_newest_backup(tmp_path):
         (folder / name).touch()
     assert backed_up_generation(str(tmp_path), TARGET_ID) == 12
     assert backed_up_generation(str(tmp_path), uuid.UUID(int=6)) == 0
+
+
+CHUNK, CHUNKS = 8, 12
+SECTORS = CHUNKS * CHUNK - 3
+NUMBERS = {"": 0, "-hold": 1, "-map": 2, "-shim": 3, "-frozen": 4, "-place": 5, "-spare0": 6}
+DEVNO = {role: f"253:{minor}" for role, minor in NUMBERS.items()}
+
+
+def layered(where, hold, shim):
+    """The devices of a target whose chunks are where the list says, as the engine makes them."""
+    extents = [
+        Extent(logical=c, length=1, spare=0, physical=20 + c)
+        for c, place in enumerate(where)
+        if place == "spare"
+    ]
+    moving = [c for c, place in enumerate(where) if place == "moving"]
+    upper_main = DEVNO["-shim"] if shim else "8:17"
+    table = build_table(
+        SECTORS,
+        CHUNK,
+        upper_main,
+        extents,
+        {0: DEVNO["-spare0"]},
+        {chunk: position for position, chunk in enumerate(moving)},
+        DEVNO["-frozen"],
+    )
+    if shim:
+        table.append(Segment(SECTORS, stack.CARRIER_SECTORS, "linear", "8:17 0"))
+    nowhere = [("", 0, CHUNK) for _chunk in moving]
+    parts = {
+        "-spare0": [Segment(0, 4096, "integrity", "253:9 0 - J 0")],
+        "-frozen": stack.frozen_table(len(moving) * CHUNK or 8, DEVNO["-place"], 1000),
+        "-place": stack.place_table(nowhere, "8:17"),
+        "": table,
+    }
+    if shim:
+        parts["-shim"] = stack.shim_table(SECTORS, "8:17")
+    if hold:
+        parts["-map"] = table
+        parts["-hold"] = stack.hold_table(SECTORS, DEVNO["-map"])
+        parts[""] = stack.whole_table(SECTORS, DEVNO["-hold"])
+    return [
+        (mapped("data" + role, f"DMREMAP-{TARGET_ID.hex}{role}", NUMBERS[role]), segments)
+        for role, segments in parts.items()
+    ]
+
+
+@given(
+    where=st.lists(st.sampled_from(["main", "spare", "moving"]), min_size=CHUNKS, max_size=CHUNKS),
+    hold=st.booleans(),
+    shim=st.booleans(),
+)
+def test_a_target_is_looked_through_whatever_stands_between_it_and_main(where, hold, shim):
+    found = guarded(*layered(where, hold, shim), disks={"8:17": ("8:16", 2048)})
+    live = {
+        sector
+        for chunk, place in enumerate(where)
+        if place != "spare"
+        for sector in range(chunk * CHUNK, min((chunk + 1) * CHUNK, SECTORS))
+    }
+    if not live:
+        assert found == []
+        return
+    (target,) = found
+    assert (target.name, target.main, target.disk, target.start) == ("data", "8:17", "8:16", 2048)
+    assert target.sectors == SECTORS
+    assert target.on_error == ("hold" if hold else "fail")
+    assert {s for start, count in target.live for s in range(start, start + count)} == live
+    assert list(target.live) == sorted(target.live)
+
+
+def test_parts_of_another_target_are_not_taken_for_its_own():
+    """Names say nothing, the uuid does."""
+    other = uuid.UUID(int=6)
+    devices = layered(["main"] * CHUNKS, hold=True, shim=False)
+    stray = (mapped("data2-map", f"DMREMAP-{other.hex}-map", 20), [])
+    (found,) = guarded(*devices, stray)
+    assert found.main == "8:17"

@@ -5,10 +5,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -181,6 +182,7 @@ def test_a_write_that_fails_is_done_on_the_spare(tmp_path: Path, block: int) -> 
     target.app.settle(target.kernel)
     assert not target.kernel.failed
     assert target.app.acknowledged == {40: 1}
+    assert healer.kinds() == ["healing", "healed"], "reading well proves nothing about writing"
     assert healer.reports[-1]["operation"] == "write"
     target.check()
 
@@ -487,19 +489,31 @@ def test_a_path_that_fails_again_and_again_ends_in_errors(target: Scene, healer:
     assert healer.turns < 60
 
 
-@pytest.mark.parametrize("delay", [0.02, 5.0])
+@pytest.mark.parametrize(("seconds", "ends"), [(3.0, True), (70.0, False)])
+def test_failures_of_the_path_are_counted_for_a_minute(
+    target: Scene, healer: Healer, seconds: float, ends: bool
+) -> None:
+    """A device may take long for each failure, and look well meanwhile."""
+    for _round in range(60):
+        target.kernel.mapped[HOLD].live.multipath.fail_path()
+        healer.turn(2, seconds=seconds / 2)
+    assert ("failed" in healer.kinds()) == ends
+
+
+@pytest.mark.parametrize("delay", [0.001, 0.02, 5.0])
 def test_an_error_that_tells_of_no_sector_ends_in_errors(
     target: Scene, healer: Healer, delay: float
 ) -> None:
     """It may pass, so it is tried again, but neither without a pause nor for ever."""
     target.main.dead, target.main.code = True, errno.ENOLINK
     number = target.kernel.submit_read(NAME, 41, 1)
-    tries = 0
+    tries, begun = 0, healer.now
     while number not in target.kernel.failed:
         tries += bool(target.kernel.trace)
         healer.turn(seconds=delay)
-        assert healer.turns < 100
+        assert healer.turns < 2000
     assert 10 < tries <= 51
+    assert healer.now - begun > 0.9
     assert healer.kinds() == ["failed"]
     target.main.dead = False
     target.check()
@@ -551,44 +565,71 @@ def fail_flush(scene: Scene, in_flight: bool) -> int:
     return kernel._requests
 
 
-def drained(events: Sequence[str]) -> bool:
-    """Whether the map was suspended or swapped, which waits for what is in flight."""
-    return bool({"swap guarded-map", "suspend guarded-map"} & set(events))
+@dataclass
+class FlushAt:
+    """Lets a flush fail at one moment of what the reflex does.
+
+    It may have begun before the path failed; a swap of the map waits until it has ended.
+    """
+
+    scene: Scene
+    moment: int
+    on_frozen: Callable[[], None]
+    events: list[str] = field(default_factory=list)
+    flush: int = 0
+    begun_in_time: bool = True
+    drained: bool = False
+
+    def __call__(self, name: str) -> None:
+        if name == "frozen" and "frozen" not in self.events:
+            self.on_frozen()
+        if self.scene.kernel.mapped[HOLD].live.multipath.active:
+            self.drained = False
+        if len(self.events) == self.moment:
+            self.begun_in_time = not self.drained
+            self.flush = fail_flush(self.scene, in_flight=not self.drained)
+        self.drained = self.drained or name in (f"swap {NAME}-map", f"suspend {NAME}-map")
+        self.events.append(name)
 
 
 @pytest.mark.parametrize("haste", [60.0, 0.0], ids=["hasty", "frozen"])
-def test_a_flush_that_fails_at_any_moment_of_a_healing_reaches_the_application(
-    tmp_path: Path, haste: float
+@pytest.mark.parametrize("cause", ["held", "probed", "unexplained"])
+def test_a_flush_that_fails_at_any_moment_reaches_the_application(
+    tmp_path: Path, cause: str, haste: float
 ) -> None:
-    """It may have begun before the path failed; a swap of the map waits until it has ended."""
     moment = 0
     seen = True
     while seen:
         target = held_scene(tmp_path / str(moment))
-        target.spoil(41, failures=3)
-        events: list[str] = []
-        flushes: list[int] = []
+        target.spoil(41, 81, failures=3)
+        numbers: list[int] = []
 
-        def on_event(name: str) -> None:
-            if len(events) == moment:  # noqa: B023
-                flushes.append(fail_flush(target, not drained(events)))  # noqa: B023
-            events.append(name)  # noqa: B023
+        def read(sector: int) -> None:
+            numbers.append(target.kernel.submit_read(NAME, sector, 1))  # noqa: B023
 
+        on_event = FlushAt(target, moment, lambda: read(81) if cause == "probed" else None)
         healer = Healer(target, target.engine(Process(target.kernel, on_event), on_event), haste)
-        number = target.kernel.submit_read(NAME, 41, 1)
-        begun = list(target.kernel.trace)
+        if cause == "held":
+            read(41)
+        elif cause == "probed":
+            with contextlib.suppress(OSError):
+                target.kernel.read(target.main.devno, 41, 1)
+        else:
+            target.kernel.mapped[HOLD].live.multipath.fail_path()
+            healer.turn(seconds=1)
         healer.settle()
-        seen = bool(flushes)
-        assert begun
-        assert number in target.kernel.completed | target.kernel.failed
+        assert set(numbers) <= target.kernel.completed | target.kernel.failed
+        seen = on_event.flush > 0
         if seen:
-            in_trace = "flush_failed" in healer.kinds()
-            assert (flushes[0] in target.kernel.failed) == in_trace, events[moment]
-            waited = flushes[0] in target.kernel.completed
-            assert in_trace or (waited and drained(events[:moment])), events[moment]
+            reached = on_event.flush in target.kernel.failed
+            assert reached == ("flush_failed" in healer.kinds()), on_event.events
+            assert reached or not on_event.begun_in_time, on_event.events
+        for sector in (41, 81):
+            read(sector)
+            healer.settle()
         target.check(why=str(moment))
         moment += 1
-    assert moment > (25 if haste else 40)
+    assert moment > (2 if cause == "unexplained" else 25)
 
 
 def test_a_flush_that_fails_when_the_path_is_looked_at_reaches_the_application(
@@ -771,12 +812,16 @@ def test_reports_wait_for_a_listener_and_the_oldest_go_first() -> None:
     reports = Reports(keep=2)
     told: list[int] = []
     reports.listener = lambda: told.append(1)
-    first, second, third = {"n": 1}, {"n": 2}, {"n": 3}
+    reported: list[dict[str, Any]] = [{"type": t} for t in ("healed", "healing", "failed")]
+    first, second, third = reported
     reports.add(first)
     assert reports.first() is first
+    assert first["time_ns"] > 0
     reports.add(second)
     reports.add(third)
     assert len(told) == 3
+    begun = first["id"][0]
+    assert [report["id"] for report in (first, second, third)] == [[begun, n] for n in (1, 1, 2)]
     reports.forget(first)
     assert reports.first() is second, "what was dropped already is not forgotten twice"
     reports.forget(second)
