@@ -63,6 +63,9 @@ class OpenDevice(copies.Device, Protocol):
     def zero(self, sector: int, count: int) -> None:
         """Make sectors read as zeros."""
 
+    def close(self) -> None:
+        """Close it; a second call does nothing."""
+
     def __enter__(self) -> OpenDevice:
         """The device itself."""
 
@@ -1324,6 +1327,16 @@ class Engine:
                     opened, {s.index: s.candidate.info for s in target.spares}
                 ),
             )
+
+    def open_main(self, target: ActiveTarget) -> OpenDevice:
+        """Open main once more, for reading.
+
+        Raises:
+            DmRemapError: it cannot be opened, or is not known.
+        """
+        if target.main is None:
+            raise DmRemapError("its main is not known", device=target.name)
+        return self._blocks.BlockDevice(target.main.path)
 
     def move(
         self,

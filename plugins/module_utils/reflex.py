@@ -25,6 +25,7 @@ from . import extents
 from .engine import Disks, Engine, Moved
 from .errors import DmRemapError
 from .events import intersect_ranges
+from .hasty import HastyReader
 from .planner import ActiveTarget, plan_upkeep
 from .probing import MEDIUM_ERRORS, DeviceState, device_state, serves_requests, whole_disk
 from .report import sector_ranges
@@ -46,6 +47,8 @@ _CALM_SECONDS = 60.0
 # A chunk that could be read after it failed is moved if it fails again within this time.
 _AGAIN_SECONDS = 300.0
 _REPORTS_KEPT = 10_000
+# So long a main that took too long to read is not read while all I/O waits.
+_SLOW_SECONDS = 3600.0
 # Errors of disks without a known target, until it is sure that none is new.
 _UNKNOWN_KEPT = 1000
 
@@ -75,6 +78,8 @@ class Ward:
         strikes: how often its path failed without an error that a remap cures.
         struck: when it did for the last time.
         suspects: chunks that failed and could be read, with the time until which that counts.
+        hasty: reads main while all I/O waits.
+        slow_until: until when that is not tried, because main is slow.
         requests: whether the disk's errors come as requests, else they come as bios.
         lost: its main did not answer when last asked.
         missed: the kernel dropped errors, and one may have been of this target.
@@ -90,6 +95,8 @@ class Ward:
     strikes: int = 0
     struck: float = -math.inf
     suspects: dict[int, float] = field(default_factory=dict)
+    hasty: HastyReader | None = None
+    slow_until: float = 0.0
     requests: bool = True
     lost: bool = False
     missed: bool = False
@@ -324,8 +331,7 @@ class Reflex:
 
     def _admit(self, name: str) -> Ward | None:
         """Observe a target anew and open its devices, if its errors are held."""
-        errors = self._wards[name].errors if name in self._wards else []
-        suspects = self._wards[name].suspects if name in self._wards else {}
+        before = self._wards.get(name)
         self._dismiss(name)
         try:
             target = self._engine.require(name)
@@ -345,7 +351,10 @@ class Reflex:
             closing.close()
             return None
         disk, start = self._disk_of(target.main.devno)
-        ward = Ward(target, disks, closing, disk, start, errors, suspects=suspects)
+        ward = Ward(target, disks, closing, disk, start)
+        if before:
+            ward.errors, ward.suspects = before.errors, before.suspects
+            ward.slow_until = before.slow_until
         ward.requests = self._requests(disk)
         if not (target.path.active and target.path.queueing):
             # What the trace says of it comes first.
@@ -357,6 +366,8 @@ class Reflex:
         ward = self._wards.pop(name, None)
         if ward:
             ward.closing.close()
+            if ward.hasty:
+                ward.hasty.close()
 
     # Healing
 
@@ -434,9 +445,18 @@ class Reflex:
             if waits:
                 self._release(ward, drained=True)
 
-        if waits:
-            with contextlib.suppress(Unfinished):
-                return self._engine.move_held(target, disks, chunks, self._haste, wanted, release)
+        now = self._clock()
+        if waits and now >= ward.slow_until:
+            if ward.hasty is None:
+                ward.hasty = HastyReader(self._engine.open_main(target), self._clock)
+            ward.hasty.begin(self._haste.budget)
+            main: Any = ward.hasty
+            hasty = replace(disks, main=main)
+            try:
+                return self._engine.move_held(target, hasty, chunks, self._haste, wanted, release)
+            except Unfinished:
+                ward.hasty.close()
+                ward.hasty, ward.slow_until = None, now + _SLOW_SECONDS
         return self._engine.move(target, disks, chunks, self._patience, None, wanted, release)
 
     def _answers(self, ward: Ward, errors: Sequence[BlockError]) -> bool:
