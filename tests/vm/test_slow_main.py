@@ -1,0 +1,41 @@
+# GNU General Public License v3.0+ (see LICENSES/GPL-3.0-or-later.txt or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+# Copyright: dm_remap.storage contributors
+"""A main that takes seconds for a bad sector keeps only the chunk's I/O waiting."""
+
+from __future__ import annotations
+
+import errno
+from statistics import median
+
+import pytest
+
+from tests.lab import Machine
+from tests.vm.guest import Guest
+
+BAD = 40_000
+
+
+@pytest.mark.parametrize(
+    "milliseconds", [1500, pytest.param(7000, marks=pytest.mark.soak)], ids=["1.5 s", "7 s"]
+)
+def test_a_slow_bad_sector_does_not_stop_the_rest(lab: Machine, milliseconds: int) -> None:
+    guest = Guest(lab)
+    lab.disk("main").fail([(BAD, 1)], op="read")
+    found = guest.call(
+        "slow_main",
+        disk=guest.path("main"),
+        spare=guest.path("spare"),
+        bad=BAD,
+        milliseconds=milliseconds,
+    )
+    assert found["errno"] == errno.EILSEQ, "the sector is lost, and nothing else"
+    assert (found["lost"], found["extents"]) == ([[BAD, 8]], 1)
+    times = found["beside"]
+    print(
+        f"{len(times)} writes with flush and read beside it in {found['seconds']:.1f} s: median "
+        f"{1000 * median(times):.1f} ms, slowest {1000 * times[-1]:.0f} ms"
+    )
+    # Each attempt at the sector takes its time; I/O that had to wait for one would show.
+    waited = [took for took in times if took > milliseconds / 1000]
+    assert len(waited) <= 1, "only I/O that was held with the first error may have waited so long"
