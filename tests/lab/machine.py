@@ -39,6 +39,9 @@ BOOT_SECONDS = 600.0
 BOOT_FAILURES = ("Kernel panic - not syncing", "(initramfs) ", "You are in emergency mode")
 COMMAND_SECONDS = 300.0
 
+# What the role installs, and reset() stops unless told otherwise.
+SERVICES = ("dm-remap-healer.service", "dm-remapd.service")
+
 # What the guest is left without by reset(): anything mounted under /mnt, and all of
 # device-mapper. Suspended devices are resumed and multipath stops queueing first, because
 # whoever waits for them cannot be ended.
@@ -676,7 +679,7 @@ class Machine:
         self.run(["blockdev", "--flushbufs", *paths])
         self.run(["udevadm", "trigger", "--settle", "--action=change", *paths])
 
-    def reset(self, zero: Iterable[str] = (), stop: Sequence[str] = ("dm-remapd.service",)) -> None:
+    def reset(self, zero: Iterable[str] = (), stop: Sequence[str] = SERVICES) -> None:
         """Leave the guest clean for the next test.
 
         Boots it if it does not run, heals every fault, stops the units ``stop``, unmounts what

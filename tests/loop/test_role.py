@@ -135,8 +135,9 @@ def test_the_command_finds_the_core_where_the_role_puts_it() -> None:
     assert command.startswith("#!" + handlers[0]["ansible.builtin.command"]["argv"][0] + "\n")
 
 
-def test_the_service_starts_where_the_kernel_lacks_a_path() -> None:
-    unit = (ROLE / "files" / "dm-remapd.service").read_text()
+@pytest.mark.parametrize("service", ["dm-remapd", "dm-remap-healer"])
+def test_the_service_starts_where_the_kernel_lacks_a_path(service: str) -> None:
+    unit = (ROLE / "files" / f"{service}.service").read_text()
     paths = re.findall(r"^Read(?:Write|Only)Paths=(.*)$", unit, re.MULTILINE)
     words = [word for line in paths for word in line.split()]
     assert "-/sys/kernel/tracing" in words

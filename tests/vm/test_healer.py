@@ -1,0 +1,279 @@
+# Copyright: dm_remap.storage contributors
+# GNU General Public License v3.0+ (see LICENSES/GPL-3.0-or-later.txt or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""The healer in a guest, installed by its role: what an application sees of real disk errors."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from tests.lab import Machine
+from tests.vm.conftest import DISKS
+from tests.vm.test_daemon import Guest as DaemonGuest
+from tests.vm.test_daemon import deploy
+
+# Makes a target that holds its errors, as the module `target` does.
+CREATE = """
+import sys
+sys.path.insert(0, "/usr/lib/dm-remap")
+from dm_remap.engine import Engine
+from dm_remap.planner import Request, plan_present
+name, main, spare, shim = sys.argv[1:]
+engine = Engine()
+engine.check_host()
+with engine.locked_host(), engine.locked(name):
+    seen = engine.see(name, main, [spare])
+    request = Request(name, main, (spare,), on_error="hold", shim=shim)
+    engine.apply(plan_present(request, seen))
+"""
+
+# An application: carries out operations, and prints `ok`, `wrong` or the error's name for each.
+APPLICATION = """
+import errno, json, mmap, os, sys
+
+def content(sector, count, version):
+    numbers = range(sector, sector + count)
+    return b"".join((2 * n + version).to_bytes(8, "little") * 64 for n in numbers)
+
+def act(do, sector, count, version):
+    direct = do.startswith("direct")
+    handle = os.open(sys.argv[1], os.O_RDWR | (os.O_DIRECT if direct else 0))
+    try:
+        if do == "flush":
+            os.fsync(handle)
+            return "ok"
+        memory = mmap.mmap(-1, count * 512)
+        wanted = content(sector, count, version)
+        if do.endswith("write"):
+            memory.write(wanted)
+            done = os.pwritev(handle, [memory], sector * 512)
+            os.fsync(handle)
+            return "ok" if done == len(wanted) else "short"
+        os.posix_fadvise(handle, sector * 512, count * 512, os.POSIX_FADV_DONTNEED)
+        done = os.preadv(handle, [memory], sector * 512)
+        return "ok" if memory[:] == wanted and done == len(wanted) else "wrong"
+    except OSError as error:
+        return errno.errorcode[error.errno]
+    finally:
+        os.close(handle)
+
+print(json.dumps([act(*operation) for operation in json.load(sys.stdin)]))
+"""
+
+# Kills the healer up to five times, each time when a chunk is frozen, until the application ends.
+KILLER = """
+python3 /root/application.py "$1" > /root/result &
+kills=0
+while kill -0 $! 2>/dev/null; do
+    if [ $kills -lt 5 ] && dmsetup table "$2-frozen" 2>/dev/null | grep -q delay; then
+        systemctl kill --signal=KILL dm-remap-healer && kills=$((kills + 1))
+    fi
+done
+echo $kills
+"""
+
+TIMEOUT = "/sys/module/dm_multipath/parameters/queue_if_no_path_timeout_secs"
+FILLED = 8192
+
+
+class Guest(DaemonGuest):
+    """A guest with a running daemon and healer."""
+
+    def next_test(self) -> None:
+        """Clean the guest for the next test."""
+        self.lab.reset(zero=[disk.name for disk in DISKS], stop=("dm-remap-healer.service",))
+        self.lab.run(["systemctl", "start", "dm-remap-healer"], timeout=180)
+        self.name = f"data{int(self.name[4:]) + 1}"
+        self.seen = self.health()["newest"]
+
+    def create(self, main: str, shim: str = "none") -> None:
+        """Make this test's target and fill its beginning."""
+        spare = "spare4k" if main == "main4k" else "spare"
+        paths = [self.lab.disk(name).path for name in (main, spare)]
+        command = ["python3", "/root/create.py", self.name, *paths, shim]
+        self.lab.run(command, timeout=300)
+        pieces = range(0, FILLED, 2048)
+        assert set(self.act(*[("direct write", at, 2048, 0) for at in pieces])) == {"ok"}
+
+    def act(self, *operations: tuple[str, int, int, int]) -> list[str]:
+        """Carry out operations (what, sector, sectors, version of the content) one by one."""
+        done = self.lab.run(
+            ["python3", "/root/application.py", self.path],
+            input=json.dumps(operations),
+            timeout=300,
+        )
+        return list(json.loads(done.stdout))
+
+    def do(self, what: str, sector: int, count: int, version: int = 0) -> str:
+        """Carry out one operation."""
+        return self.act((what, sector, count, version))[0]
+
+    def event(self, kind: str) -> dict[str, Any]:
+        """Wait for an event of this test's target."""
+        while True:
+            for event in self.next_events():
+                if (event["target"], event["type"]) == (self.name, kind):
+                    return event
+
+    def scan(self, sector: int, count: int, version: int = 0) -> dict[int, str]:
+        """Read blocks of 8 sectors; what is not right, by sector."""
+        places = range(sector, sector + count, 8)
+        results = self.act(*[("direct read", at, 8, version) for at in places])
+        return {at: result for at, result in zip(places, results) if result != "ok"}
+
+    def unit(self, name: str) -> str:
+        """A property of the healer's unit."""
+        command = ["systemctl", "show", "dm-remap-healer", "-p", name, "--value"]
+        return self.lab.run(command).stdout.strip()
+
+
+@pytest.fixture(scope="module")
+def installed(machine: Machine, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Guest]:
+    """A guest with the role's services, for all tests."""
+    if not machine.running:
+        machine.start()
+    deploy(machine, tmp_path_factory.mktemp("deploy"))
+    machine.write_file("/root/create.py", CREATE)
+    machine.write_file("/root/application.py", APPLICATION)
+    machine.write_file("/root/killer.sh", KILLER)
+    yield Guest(machine)
+    machine.reset(zero=[disk.name for disk in DISKS])
+
+
+@pytest.fixture
+def guest(installed: Guest) -> Guest:
+    """The guest, clean."""
+    installed.next_test()
+    return installed
+
+
+# A medium error without a shim passes the multipath (docs/lab.md says which disk gives which).
+@pytest.mark.core
+@pytest.mark.parametrize(
+    ("name", "code", "shim", "held"),
+    [
+        ("main", "EIO", "none", True),
+        ("main4k", "EIO", "none", True),
+        ("scsi", "EIO", "none", True),
+        ("ide", "EIO", "none", True),
+        ("scsi", "ENODATA", "none", False),
+        ("nvme", "EIO", "none", False),
+        ("scsi", "ENODATA", "raid", True),
+        ("nvme", "EIO", "raid", True),
+    ],
+)
+def test_an_application_sees_lost_sectors_only(
+    guest: Guest, name: str, code: str, shim: str, held: bool
+) -> None:
+    disk = guest.lab.disk(name)
+    guest.create(name, shim)
+    disk.fail([(1288, 8), (5128, 8)], op="read", errno=code)
+    disk.fail([(2568, 8), (3848, 8)], op="write", errno=code)
+    first = {
+        "direct read": guest.do("direct read", 1280, 64),
+        "read": guest.do("read", 5120, 8),
+        "direct write": guest.do("direct write", 2560, 64, 1),
+        "write": guest.do("write", 3840, 64, 1),
+    }
+    if held:
+        assert first == {
+            "direct read": "EILSEQ",
+            "read": first["read"],
+            "direct write": "ok",
+            "write": "ok",
+        }
+    else:
+        assert {first["direct read"], first["direct write"]} == {"ENODATA"}
+        lost = guest.event("sectors_lost")
+        assert lost["sectors"] == [[1288, 8]]
+        # The application's second try comes after the healing, however long that takes.
+        while guest.do("direct write", 2560, 64, 1) != "ok":
+            pass
+        while guest.do("write", 3840, 64, 1) != "ok":
+            pass
+    assert guest.do("read", 5128, 8) in ("EIO", "EILSEQ")
+    assert guest.scan(1280, 128) == {1288: "EILSEQ"}
+    assert guest.scan(5120, 128) == {5128: "EILSEQ"}
+    assert guest.scan(2560, 64, 1) == guest.scan(3840, 64, 1) == {}
+    assert guest.act(("direct write", 1288, 8, 1), ("direct read", 1288, 8, 1)) == ["ok", "ok"]
+    assert guest.scan(0, 1280) == guest.scan(4096, 1024) == {}
+    if held:
+        assert guest.event("sectors_lost")["sectors"] in ([[1288, 8]], [[5128, 8]])
+    health = guest.health()
+    assert (health["lost_sectors"] % 16, health["failed"]) == (0, 0)
+    assert "healer" not in health["troubles"]
+
+
+@pytest.mark.core
+def test_a_weak_sector_is_saved_before_the_application_knows(guest: Guest) -> None:
+    disk = guest.lab.disk("main")
+    guest.create("main")
+    disk.fail([(1288, 1)], op="read", times=3)
+    assert guest.do("direct read", 1280, 64) == "ok"
+    assert guest.event("remapped")["suspect"] == [[1280, 128]]
+
+
+@pytest.mark.core
+@pytest.mark.parametrize("shim", ["none", "raid"])
+def test_a_flush_that_fails_reaches_the_application(guest: Guest, shim: str) -> None:
+    guest.create("main", shim)
+    guest.lab.disk("main").fail(op="flush", times=1)
+    assert guest.act(("direct write", 0, 8, 1)) == ["EIO"]
+    assert guest.event("flush_failed")["operation"] == "flush"
+    assert guest.act(("direct write", 0, 8, 1), ("flush", 0, 0, 0)) == ["ok", "ok"]
+
+
+@pytest.mark.core
+def test_a_healer_killed_in_the_middle_goes_on(guest: Guest) -> None:
+    disk = guest.lab.disk("main")
+    guest.create("main")
+    places = range(0, FILLED, 512)
+    disk.fail([(at + 8, 8) for at in places], op="write")
+    operations = json.dumps([("direct write", at, 64, 1) for at in places])
+    kills = guest.lab.run(
+        ["sh", "/root/killer.sh", guest.path, guest.name], input=operations, timeout=600
+    ).stdout.strip()
+    assert int(kills) > 0
+    results = json.loads(guest.lab.run(["cat", "/root/result"]).stdout)
+    assert set(results) == {"ok"}
+    for at in places:
+        assert guest.scan(at, 64, 1) == guest.scan(at + 64, 64) == {}
+    assert int(guest.unit("NRestarts")) >= int(kills)
+
+
+@pytest.mark.core
+def test_without_a_healer_io_ends_and_with_it_again_it_is_healed(guest: Guest) -> None:
+    disk = guest.lab.disk("main")
+    guest.create("main")
+    limit = guest.lab.run(["cat", TIMEOUT]).stdout.strip()
+    assert limit != "0", "the target's creation set the kernel's limit"
+    guest.lab.run(["systemctl", "stop", "dm-remap-healer"])
+    guest.lab.run(["sh", "-c", f"echo 3 > {TIMEOUT}"])
+    disk.fail([(1288, 8)], op="write")
+    assert guest.do("direct write", 1280, 64, 1) == "EIO"
+    assert guest.do("direct read", 0, 8) == "EIO", "the kernel has taken the queue away"
+    states = guest.lab.run(["ps", "-eo", "stat,comm"]).stdout.splitlines()
+    assert not [line for line in states if line.startswith("D") and "python" in line]
+    assert "healer" in guest.health()["troubles"]
+    guest.lab.run(["systemctl", "start", "dm-remap-healer"], timeout=180)
+    while guest.do("direct write", 1280, 64, 1) != "ok":
+        pass
+    assert guest.scan(0, 1280) == guest.scan(1280, 64, 1) == {}
+    assert disk.faults, "the sector is as bad as before"
+    guest.lab.run(["sh", "-c", f"echo {limit} > {TIMEOUT}"])
+
+
+@pytest.mark.core
+def test_the_service_is_confined(guest: Guest) -> None:
+    assert guest.unit("CapabilityBoundingSet") == "cap_ipc_lock cap_sys_admin"
+    assert guest.unit("PrivateNetwork") == "yes"
+    pid = guest.unit("MainPID")
+    status = guest.lab.run(["cat", f"/proc/{pid}/status"]).stdout
+    locked = next(line for line in status.splitlines() if line.startswith("VmLck"))
+    assert int(locked.split()[1]) > 0
+    inside = ["nsenter", "--mount", "--target", pid, "touch", "/etc/dm-remap/token"]
+    assert guest.lab.run(inside, check=False).rc != 0
