@@ -961,6 +961,16 @@ def test_a_sector_that_a_spare_cannot_read_is_lost(tmp_path: Path) -> None:
     scene.check()
 
 
+def test_a_spare_with_little_on_it_is_not_taken_for_dead(tmp_path: Path) -> None:
+    """Wherever it is asked, there was no write yet, so it answers with EILSEQ."""
+    scene = make_scene(tmp_path, spares=2)
+    scene.create()
+    scene.spoil(40)
+    scene.remap((40, 1))
+    assert scene.move(0).chunks[0].lost_before == [(40, 1)]
+    scene.check()
+
+
 @pytest.mark.parametrize("back", [False, True])
 def test_what_was_written_since_is_lost_no_more(tmp_path: Path, back: bool) -> None:
     scene = remapped(tmp_path, spares=2)
