@@ -108,12 +108,10 @@ def report(found: dict[str, Any]) -> list[str]:
     lines += table(
         "1,000 ranges in one task, on 10,000 extents (ratio to the remap of one chunk)",
         [
-            row
-            for name, whole, reading, pause in found["bulk"]
-            for row in (
-                (f"{name}, the whole task", [whole], one),
-                (f"{name}, until the data is in place", [reading], one),
-                (f"{name}, pause of the chunks", [pause], one),
+            (name, [seconds], one)
+            for name, seconds in zip(
+                ("the whole task", "until the data is in place", "pause of the chunks"),
+                found["bulk"],
             )
         ],
     )

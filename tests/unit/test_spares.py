@@ -626,13 +626,16 @@ def test_a_thousand_ranges_are_one_freeze_one_commit_one_swap(tmp_path: Path) ->
     scene.create()
     commit_places(scene, range(0, 20_000, 2))
     assert len(target_of(scene).metadata.extents) == 10_000
-    calls: list[str] = []
-    process = Process(scene.kernel, calls.append)
-    steps: list[str] = []
     ranges = [((2 * number + 1) * CHUNK, 1) for number in range(1000)]
-    busy = scene.engine(process, steps.append)
-    report = busy.remap(NAME, ranges)
-    assert len(report.chunks) == 1000
-    assert calls.count(f"swap {NAME}") == 2, "one to freeze, one to thaw"
-    assert (steps.count("frozen"), steps.count("committed"), steps.count("swapped")) == (1, 1, 1)
-    assert sum(call.startswith("flush") for call in calls) <= 4
+    for verb in ("remap", "return_to_main"):
+        calls: list[str] = []
+        steps: list[str] = []
+        engine = scene.engine(Process(scene.kernel, calls.append), steps.append)
+        report = getattr(engine, verb)(NAME, ranges)
+        assert sum(chunk.moved for chunk in report.chunks) == 1000
+        assert calls.count(f"swap {NAME}") == 2, "one to freeze, one to thaw"
+        once = [steps.count(name) for name in ("frozen", "committed", "swapped", "parked")]
+        assert once == [1, 1, 1, 1]
+        # Once the data, by turns where it is tested, and twice the copies of the metadata.
+        assert sum(call.startswith("flush") for call in calls) <= 4
+    assert len(target_of(scene).metadata.extents) == 10_000
