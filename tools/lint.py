@@ -16,7 +16,10 @@ import results
 import yaml
 from lay_out_collection import BUILD, COPY, ROOT
 
-CORE = "blockdev copies devmapper engine errors extents format mapping planner pool salvage".split()
+CORE = (
+    "blockdev copies devmapper engine errors ext extents files format lookup mapping mounted "
+    "planner pool salvage xfs"
+).split()
 GATE_SECONDS = 300
 
 
