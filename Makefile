@@ -8,7 +8,7 @@ SHELL := /bin/bash
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
 .PHONY: help test lint sanity test-unit test-loop test-vm test-vm-13 test-molecule demo bench soak clean \
-	python collection packages-lint packages-rulebook packages-lab
+	python collection packages-lint packages-rulebook packages-lab packages-filesystems
 
 # Extra arguments for pytest, for example: make test-unit ARGS='-k format'
 ARGS ?=
@@ -36,7 +36,9 @@ python:
 collection: python
 	@$(ENVIRONMENT) python tools/lay_out_collection.py
 
-packages-lint packages-rulebook packages-lab:
+packages-lab: packages-filesystems
+
+packages-lint packages-rulebook packages-lab packages-filesystems:
 	@tools/install_packages $(subst packages-,,$@)
 
 test: packages-lint packages-rulebook packages-lab collection
@@ -48,7 +50,7 @@ lint: packages-lint collection
 sanity: packages-lint collection
 	@$(ENVIRONMENT) python tools/sanity.py
 
-test-unit: collection
+test-unit: packages-filesystems collection
 	@$(PYTEST) tests/unit $(ARGS)
 
 test-loop: packages-rulebook collection

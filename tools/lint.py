@@ -17,7 +17,8 @@ import yaml
 from lay_out_collection import BUILD, COPY, ROOT
 
 CORE = (
-    "blockdev copies devmapper engine errors extents format ladder mapping planner pool salvage"
+    "blockdev copies devmapper engine errors ext extents files format freezing hasty healed healer "
+    "ladder lookup mapping mounted planner pool reflex salvage stack xfs"
 ).split()
 GATE_SECONDS = 300
 

@@ -19,7 +19,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from typing import IO, Any, Protocol
 
-from . import blockdev, copies, extents, mapping, planner, stack
+from . import blockdev, copies, extents, files, mapping, planner, stack
 from .blockdev import SECTOR_BYTES, DeviceInfo
 from .devmapper import DeviceMapper, MappedDevice, Segment, check_name
 from .errors import DmRemapError, Refused, count_of
@@ -194,6 +194,7 @@ class RemapReport:
         plan: the plan as it was carried out.
         chunks: what became of the chunks.
         lost_before: sectors of chunks that were on a spare already, which still cannot be read.
+        files: whom the lost sectors belonged to, once `Engine.find_files` has looked.
         salvage_seconds: reading main and writing spares.
         pause_seconds: how long I/O to the chunks had to wait.
         seconds: all of it.
@@ -202,6 +203,7 @@ class RemapReport:
     plan: Plan
     chunks: list[RemappedChunk] = field(default_factory=list)
     lost_before: list[tuple[int, int]] = field(default_factory=list)
+    files: list[files.Owner] = field(default_factory=list)
     salvage_seconds: float = 0.0
     pause_seconds: float = 0.0
     seconds: float = 0.0
@@ -1269,6 +1271,18 @@ class Engine:
                 for sector in range(start, start + count, block)
                 if not _reads(device, sector, block)
             ]
+
+    def find_files(self, name: str, report: RemapReport, timeout: float = 60) -> None:
+        """Find out whom the lost sectors of a finished remap belonged to; never an error.
+
+        Call it without the target's lock, because it may take long.
+
+        Args:
+            name: the target.
+            report: its `files` are filled in.
+            timeout: seconds after which it gives up.
+        """
+        report.files = files.owners(f"/dev/mapper/{check_name(name)}", report.lost, timeout)
 
     def _carry_out(
         self, target: ActiveTarget, plan: Plan, patience: Patience, route: Route

@@ -55,6 +55,8 @@ SEVERITIES: Mapping[str, str] = {
 
 # An event must stay small for the rule engine; a longer list goes into several events.
 MAX_RANGES = 512
+# Of files the rest is only counted.
+MAX_FILES = 64
 
 _NAMESPACE = uuid.UUID("6f0c6d57-5d0b-5b0e-9d43-1c1f3a5be6a1")
 _BOOT_ID = "/proc/sys/kernel/random/boot_id"
@@ -79,6 +81,7 @@ class Draft:
         requests: number of failed requests that led to this event.
         merged: number of requests since the last event of this device that told nothing new.
         generation: generation of the target's metadata when it was seen, 0 if unknown.
+        files: whom lost sectors belonged to: `start`, `count`, `kind` and `path` of each.
     """
 
     type: str
@@ -92,6 +95,7 @@ class Draft:
     requests: int = 0
     merged: int = 0
     generation: int = 0
+    files: Sequence[Mapping[str, Any]] = ()
 
 
 @dataclass(frozen=True)
@@ -140,7 +144,7 @@ def complete(draft: Draft, origin: Origin, sequence: int, time_ns: int) -> dict[
     """
     # A journal that was begun anew gives the same numbers again, at another time.
     identity = f"{origin.boot_id}/{draft.device}/{sequence}/{time_ns}"
-    return {
+    event = {
         "schema": SCHEMA,
         "uuid": str(uuid.uuid5(origin.host_id, identity)),
         "sequence": sequence,
@@ -159,6 +163,12 @@ def complete(draft: Draft, origin: Origin, sequence: int, time_ns: int) -> dict[
         "generation": draft.generation,
         "message": draft.message,
     }
+    if draft.files:
+        event["files"] = [dict(item) for item in draft.files[:MAX_FILES]]
+        left_out = len(draft.files) - MAX_FILES
+        if left_out > 0:
+            event["message"] = f"{draft.message}; {counted(left_out, 'more file')} left out"
+    return event
 
 
 def rfc3339(time_ns: int) -> str:
@@ -220,5 +230,9 @@ def split_draft(draft: Draft, limit: int = MAX_RANGES) -> list[Draft]:
     for index in range(0, len(draft.sectors), limit):
         piece = tuple(draft.sectors[index : index + limit])
         merged = 0 if index else draft.merged
-        parts.append(replace(draft, sectors=piece, suspect=piece, merged=merged))
+        # Each file goes with the first range that it begins in or behind.
+        end = draft.sectors[index + limit][0] if index + limit < len(draft.sectors) else None
+        begin = piece[0][0] if index else 0
+        files = [f for f in draft.files if begin <= f["start"] and (not end or f["start"] < end)]
+        parts.append(replace(draft, sectors=piece, suspect=piece, merged=merged, files=files))
     return parts

@@ -6,11 +6,15 @@
 from __future__ import annotations
 
 import json
+import os
+from collections.abc import Iterable
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from . import pool
+from .errors import count_of
 from .extents import merge_sectors
+from .files import Owner
 from .planner import (
     SECTOR_BYTES,
     ActiveTarget,
@@ -28,6 +32,9 @@ from .planner import (
 
 if TYPE_CHECKING:
     from .engine import RemappedChunk, RemapReport
+
+# The event source refuses longer ones, because a rule engine keeps every event in memory.
+_EVENT_PATH = 1000
 
 
 def describe_target(target: ActiveTarget) -> dict[str, Any]:
@@ -142,6 +149,7 @@ def describe_remap(report: RemapReport) -> dict[str, Any]:
         "chunks": [describe_chunk(chunk) for chunk in report.chunks],
         "recovered": report.recovered,
         "lost": sector_ranges(report.lost),
+        "lost_files": [describe_owner(owner) for owner in report.files],
         "salvage_seconds": round(report.salvage_seconds, 4),
         "pause_seconds": round(report.pause_seconds, 4),
         "seconds": round(report.seconds, 4),
@@ -155,6 +163,54 @@ def describe_chunk(chunk: RemappedChunk) -> dict[str, Any]:
         "lost": sector_ranges(chunk.lost),
         "lost_before": sector_ranges(chunk.lost_before),
     }
+
+
+def describe_owner(owner: Owner) -> dict[str, Any]:
+    """Whom lost sectors belonged to, as plain data with names that can be printed."""
+    return {**asdict(owner), "paths": [printable(path) for path in owner.paths]}
+
+
+def _short(path: str) -> str:
+    """A path as an event may carry it: of one that is too long the end."""
+    text = printable(path)
+    return text if len(text) <= _EVENT_PATH else "…" + text[1 - _EVENT_PATH :]
+
+
+def event_files(owners: Iterable[Owner]) -> list[dict[str, Any]]:
+    """Owners as an event tells them: one entry for each name, or one without a path."""
+    return [
+        {"start": owner.start, "count": owner.count, "kind": owner.kind, "path": _short(path)}
+        for owner in owners
+        for path in owner.paths or ("",)
+    ]
+
+
+def printable(path: str) -> str:
+    r"""A path in which backslashes are doubled, and what is no text to print is ``\xNN``.
+
+    So two paths that differ look different, and no name can begin a new line of a log.
+    """
+    text = os.fsencode(path).decode("utf-8", "surrogateescape")
+    return "".join(
+        "\\\\"
+        if character == "\\"
+        else character
+        if character.isprintable()
+        else "".join(f"\\x{byte:02x}" for byte in os.fsencode(character))
+        for character in text
+    )
+
+
+def unknown_owners(owners: Iterable[Owner]) -> list[str]:
+    """Why it is not known whom some sectors belonged to: each reason with its sectors."""
+    sectors: dict[str, int] = {}
+    for owner in owners:
+        if owner.kind == "unknown":
+            sectors[owner.reason] = sectors.get(owner.reason, 0) + owner.count
+    return [
+        f"whom {count_of(count, 'lost sector')} belonged to is unknown: {printable(reason)}"
+        for reason, count in sectors.items()
+    ]
 
 
 def sector_ranges(ranges: list[tuple[int, int]]) -> list[dict[str, int]]:

@@ -23,6 +23,8 @@ description:
     the chunk's own data, written to the main, flushed and read back twice. Nothing else is ever
     written there.
   - A crash at any moment leaves the old mapping or the new one, each with its data.
+  - Which files the lost sectors belonged to is looked up afterwards, on ext2, ext3, ext4 and xfs,
+    mounted or not, on the whole target or on partitions of it. See RV(lost_files).
 options:
   name:
     description: Name of the target, which must be active.
@@ -71,6 +73,14 @@ options:
       - If it is over before every block was tried once, the task fails and changes nothing.
     type: float
     default: 600
+  files_seconds:
+    description:
+      - Time for finding out which files lost sectors belonged to, 0 or more. What is not found out
+        by then is unknown. With 0 nothing is looked up, and RV(lost_files) is empty.
+      - Nothing waits for it but the task. A large filesystem without a reverse mapping is read
+        through for each look-up.
+    type: float
+    default: 60
 attributes:
   check_mode:
     description:
@@ -106,6 +116,12 @@ EXAMPLES = r"""
     state: returned
     ranges:
       - start: 123456
+
+- name: Name the files that lost data
+  ansible.builtin.debug:
+    msg: "{{ damaged | map(attribute='paths') | flatten }}"
+  vars:
+    damaged: "{{ remap.lost_files | selectattr('kind', 'equalto', 'file') }}"
 
 - name: Remap two ranges, if nobody changed the target since it was looked at
   dm_remap.storage.sectors:
@@ -160,6 +176,58 @@ lost:
   sample:
     - start: 123456
       count: 1
+lost_files:
+  description:
+    - Whom the sectors in RV(lost) belonged to, in check mode too. Together the entries cover all of
+      them; a sector that a filesystem shares between files is in several.
+    - What cannot be told for certain is V(unknown), with the reason, and the task warns.
+  returned: always
+  type: list
+  elements: dict
+  contains:
+    start:
+      description: First sector on the target, in units of 512 bytes.
+      type: int
+    count:
+      description: Number of sectors.
+      type: int
+    kind:
+      description:
+        - V(file) for the data of a file, written or only reserved for it.
+        - V(metadata) for what the filesystem needs itself, or keeps of one file or directory, which
+          is then named.
+        - V(free) for what nothing uses.
+        - V(unknown) for what could not be found out.
+      type: str
+    paths:
+      description:
+        - All names that are known, hard links too. Where the filesystem is mounted they begin with
+          the mount point, otherwise they are relative to the root of the filesystem.
+        - A backslash is doubled, and each byte that cannot be printed is written as C(\xNN).
+      type: list
+      elements: str
+    inode:
+      description: Number of the inode, V(0) where there is none.
+      type: int
+    filesystem:
+      description: V(ext2), V(ext3), V(ext4), V(xfs), or empty.
+      type: str
+    partition:
+      description: Number of the partition on the target, V(0) where there is none.
+      type: int
+    reason:
+      description: Why the kind is V(unknown), or why a file has no path. Otherwise empty.
+      type: str
+  sample:
+    - start: 123456
+      count: 1
+      kind: file
+      paths:
+        - /srv/archive/2024/report.pdf
+      inode: 4711
+      filesystem: ext4
+      partition: 0
+      reason: ""
 chunks:
   description:
     - The chunks that were moved, with what became of their sectors.
@@ -257,7 +325,7 @@ from ansible.module_utils.basic import AnsibleModule
 from ..module_utils.engine import Engine, RemapReport, staying
 from ..module_utils.errors import DmRemapError, count_of
 from ..module_utils.planner import plan_remap
-from ..module_utils.report import describe_remap, diff_of
+from ..module_utils.report import describe_remap, diff_of, unknown_owners
 from ..module_utils.salvage import Patience
 
 
@@ -283,6 +351,7 @@ def main() -> None:
             "expected_generation": {"type": "int"},
             "retries": {"type": "int", "default": 4},
             "salvage_seconds": {"type": "float", "default": 600.0},
+            "files_seconds": {"type": "float", "default": 60.0},
         },
         supports_check_mode=True,
     )
@@ -311,6 +380,8 @@ def run(module: AnsibleModule) -> None:
         else:
             change = engine.return_to_main if returned else engine.remap
             report = change(name, ranges, params["expected_generation"], patience)
+    if params["files_seconds"] > 0:
+        engine.find_files(name, report, params["files_seconds"])
     for warning in report.plan.warnings:
         module.warn(warning)
     for chunk in report.staying:
@@ -318,6 +389,8 @@ def run(module: AnsibleModule) -> None:
     if report.lost:
         lost = count_of(sum(count for _start, count in report.lost), "sector")
         module.warn(f"{name}: {lost} could not be read and must be taken for lost")
+    for warning in unknown_owners(report.files):
+        module.warn(f"{name}: {warning}")
     module.exit_json(
         changed=report.plan.changes,
         actions=report.plan.action_dicts(),

@@ -15,6 +15,7 @@ import yaml
 from ansible.module_utils.common.arg_spec import ArgumentSpecValidator
 
 from dm_remap.engine import RemappedChunk, RemapReport
+from dm_remap.files import Owner
 from dm_remap.format import Extent, LostRange
 from dm_remap.planner import LostSpare, Plan, Request, plan_present
 from dm_remap.report import describe_emptied, describe_remap, describe_target
@@ -73,7 +74,8 @@ def test_every_key_of_a_remap_is_documented() -> None:
     documented = text("sectors", "RETURN")
     del documented["actions"]
     chunk = RemappedChunk(3, 384, 128, 0, 7, 120, 4, [(390, 2)], [(392, 2)])
-    report = RemapReport(Plan("data", after={"generation": 4}), [chunk])
+    owner = Owner(390, 2, "file", ("/srv/a",), 12, "ext4")
+    report = RemapReport(Plan("data", after={"generation": 4}), [chunk], files=[owner])
     check_keys(documented, describe_remap(report), "sectors")
 
 

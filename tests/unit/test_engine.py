@@ -18,13 +18,13 @@ from typing import Any
 
 import pytest
 
-from dm_remap import copies, planner
+from dm_remap import copies, files, planner
 from dm_remap import engine as engine_module
 from dm_remap.devmapper import Segment
 from dm_remap.engine import Engine, Moved, RemapReport, Route
 from dm_remap.errors import DmRemapError, Refused, StaleGeneration
 from dm_remap.format import geometry_of, minimum_spare_sectors
-from dm_remap.planner import Request, plan_absent, plan_present, plan_upkeep
+from dm_remap.planner import Plan, Request, plan_absent, plan_present, plan_upkeep
 from dm_remap.salvage import Patience
 from tests.unit.fake_kernel import (
     FILESYSTEM_MAGIC,
@@ -1437,3 +1437,18 @@ def test_the_guard_stays_while_anything_is_frozen(
     else:
         target.remap((40, 1), engine=engine)
         assert told == [b"."]
+
+
+def test_files_are_looked_for_on_the_target(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+    owner = files.Owner(8, 2, "free")
+
+    def owners(path: str, ranges: list[tuple[int, int]], timeout: float) -> list[files.Owner]:
+        asked.append((path, ranges, timeout))
+        return [owner]
+
+    monkeypatch.setattr(files, "owners", owners)
+    report = RemapReport(Plan("data"), lost_before=[(8, 2)])
+    scene.engine().find_files("data", report, 5)
+    assert asked == [("/dev/mapper/data", [(8, 2)], 5)]
+    assert report.files == [owner]

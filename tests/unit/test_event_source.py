@@ -683,7 +683,7 @@ JSON = st.recursive(
 )
 
 
-@given(st.dictionaries(st.sampled_from([*event(1), "other"]), JSON))
+@given(st.dictionaries(st.sampled_from([*event(1), "files", "other"]), JSON))
 def test_whatever_a_host_sends_is_cleaned_or_refused(changes):
     try:
         found = health.clean_event({**event(1), **changes}, "db1")
@@ -695,6 +695,26 @@ def test_whatever_a_host_sends_is_cleaned_or_refused(changes):
     assert "{#" not in found["message"]
     assert len(text) < 200_000
     assert found["host"] == "db1"
+
+
+def test_files_go_on_without_what_was_not_asked_for():
+    told = {"start": 8, "count": 2, "kind": "file", "path": "/srv/{{ a }}"}
+    cleaned = health.clean_event({**event(1), "files": [{**told, "other": 1}]}, "db1")
+    assert cleaned["files"] == [{**told, "path": "/srv/{ { a }}"}]
+    assert "files" not in health.clean_event(event(1), "db1")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"start": -1}, {"count": True}, {"kind": "{{"}, {"path": "p" * 1001}, {"path": None}],
+    ids=str,
+)
+def test_files_of_a_strange_form_are_refused(change):
+    told = {"start": 8, "count": 2, "kind": "file", "path": "p" * 1000}
+    assert health.clean_event({**event(1), "files": [told] * 64}, "db1")["files"] == [told] * 64
+    for files in ([{**told, **change}], [told] * 65, told):
+        with pytest.raises(health.BadAnswer):
+            health.clean_event({**event(1), "files": files}, "db1")
 
 
 @given(st.text())

@@ -111,3 +111,29 @@ def test_one_thing_has_no_plural():
     found = [events.counted(number, "entry", "entries") for number in (0, 1, 2)]
     assert found == ["0 entries", "1 entry", "2 entries"]
     assert events.counted(2, "sector") == "2 sectors"
+
+
+def entry(start):
+    return {"start": start, "count": 1, "kind": "file", "path": f"/srv/{start}"}
+
+
+def test_files_are_told_where_they_are_known_and_counted_beyond_the_limit():
+    few = complete(Draft(events.SECTOR_ERROR, "text", files=[entry(1)]), ORIGIN, 1, 0)
+    assert few["files"] == [entry(1)]
+    assert few["message"] == "text"
+    many = Draft(events.SECTOR_ERROR, "text", files=[entry(start) for start in range(66)])
+    event = complete(many, ORIGIN, 1, 0)
+    assert event["files"] == [entry(start) for start in range(64)]
+    assert event["message"] == "text; 2 more files left out"
+    assert "files" not in complete(Draft(events.SECTOR_ERROR, "text"), ORIGIN, 1, 0)
+
+
+@given(st.sets(st.integers(0, 400)), st.integers(1, 7))
+def test_each_file_is_told_once_when_a_list_becomes_several_events(starts, limit):
+    ranges = tuple((start, 3) for start in range(10, 310, 6))
+    files = [entry(start) for start in sorted(starts)]
+    draft = Draft(events.SECTOR_ERROR, "text", sectors=ranges, files=files)
+    parts = split_draft(draft, limit=limit)
+    assert [item for part in parts for item in part.files] == files
+    for part in parts[1:]:
+        assert all(item["start"] >= part.sectors[0][0] for item in part.files)

@@ -6,12 +6,26 @@
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import replace
 
+from hypothesis import given
+from hypothesis import strategies as st
+
 from dm_remap.engine import RemappedChunk, RemapReport
+from dm_remap.files import Owner
 from dm_remap.format import Diagnosis, Extent, LostRange, geometry_of
 from dm_remap.planner import Plan, plan_present, plan_remap
-from dm_remap.report import describe_remap, describe_target, diff_of, sector_ranges
+from dm_remap.report import (
+    describe_owner,
+    describe_remap,
+    describe_target,
+    diff_of,
+    event_files,
+    printable,
+    sector_ranges,
+    unknown_owners,
+)
 from tests.unit.test_planner import (
     MAIN_SECTORS,
     REQUEST,
@@ -142,3 +156,46 @@ def test_a_remap_shows_its_segments() -> None:
 def test_nothing_to_do_shows_no_difference() -> None:
     for part in diff_of(plan_present(REQUEST, seen_active(active()))):
         assert part["before"] == part["after"] != ""
+
+
+def test_names_can_be_printed_and_told_apart() -> None:
+    assert printable("/srv/a b é") == "/srv/a b é"
+    assert printable("new\nline\x7f") == "new\\x0aline\\x7f"
+    assert printable(os.fsdecode(b"no text \xff")) == "no text \\xff"
+    assert printable("back\\x0aslash") == "back\\\\x0aslash"
+
+
+@given(st.binary(max_size=40), st.binary(max_size=40))
+def test_different_names_look_different(one: bytes, other: bytes) -> None:
+    shown = [printable(os.fsdecode(name)) for name in (one, other)]
+    assert (shown[0] == shown[1]) == (one == other)
+    assert all(text.isprintable() for text in shown)
+    assert shown[0].encode().decode() == shown[0], "it is text without surrogates"
+
+
+def test_owners_are_told() -> None:
+    owners = [
+        Owner(8, 2, "file", ("/srv/a", "/srv/b\n"), 12, "ext4", 1),
+        Owner(10, 1, "unknown", reason="because"),
+        Owner(20, 2, "unknown", reason="because"),
+    ]
+    assert describe_owner(owners[0]) == {
+        "start": 8,
+        "count": 2,
+        "kind": "file",
+        "paths": ["/srv/a", "/srv/b\\x0a"],
+        "inode": 12,
+        "filesystem": "ext4",
+        "partition": 1,
+        "reason": "",
+    }
+    assert event_files(owners[:2]) == [
+        {"start": 8, "count": 2, "kind": "file", "path": "/srv/a"},
+        {"start": 8, "count": 2, "kind": "file", "path": "/srv/b\\x0a"},
+        {"start": 10, "count": 1, "kind": "unknown", "path": ""},
+    ]
+    (long,) = event_files([Owner(8, 2, "file", ("a/" * 600 + "end",))])
+    assert (len(long["path"]), long["path"][0], long["path"][-5:]) == (1000, "…", "a/end")
+    assert unknown_owners(owners) == ["whom 3 lost sectors belonged to is unknown: because"]
+    report = RemapReport(Plan("data", after={"generation": 4}), files=owners[:1])
+    assert describe_remap(report)["lost_files"] == [describe_owner(owners[0])]

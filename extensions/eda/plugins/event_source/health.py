@@ -390,6 +390,21 @@ def _ranges(value: Any) -> bool:
     )
 
 
+def _files(value: Any) -> bool:
+    return (
+        isinstance(value, list)
+        and len(value) <= 64
+        and all(
+            isinstance(item, Mapping)
+            and _count(item.get("start"))
+            and _count(item.get("count"))
+            and item.get("kind") in ("file", "metadata", "free", "unknown")
+            and _text(1000)(item.get("path"))
+            for item in value
+        )
+    )
+
+
 _FIELDS: dict[str, Callable[[Any], bool]] = {
     "uuid": _matching("[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}"),
     "sequence": _count,
@@ -427,6 +442,14 @@ def clean_event(raw: Any, host: str) -> dict[str, Any]:
             raise BadAnswer(f"an event with a bad {name}")
         event[name] = raw[name]
     event["message"] = plain_text(event["message"])
+    if "files" in raw:
+        if not _files(raw["files"]):
+            raise BadAnswer("an event with a bad files")
+        event["files"] = [
+            {**{name: item[name] for name in ("start", "count", "kind")}, "path": path}
+            for item in raw["files"]
+            for path in [plain_text(item["path"])]
+        ]
     # The form that the module dm_remap.storage.sectors takes.
     event["ranges"] = [{"start": start, "count": count} for start, count in event["sectors"]]
     event["sector_count"] = sum(count for _unused, count in event["sectors"])
