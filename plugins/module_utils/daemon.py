@@ -22,17 +22,20 @@ import sqlite3
 import sys
 import time
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, Callable
 
 from . import api, credentials, events, settings
 from .blockdev import SECTOR_BYTES, BlockDevice, node_of
 from .errors import DmRemapError, MissingKernelFeature
 from .events import Draft, Origin, counted, local_origin
+from .files import owners
 from .healed import HealerLink, finding_of, known_number, note_of, number_of
 from .inventory import Guarded, backed_up_generation, guarded_targets
 from .journal import DamagedJournal, Journal, Observation, Page, failure, move_aside
 from .planner import HOLD
 from .probing import DeviceState, Readable, device_state, kernel_name, physical_block
+from .report import event_files
 from .service import HEALER_SOCKET, notify
 from .stack import UUID_PREFIX
 from .threads import Worker
@@ -46,6 +49,7 @@ _CHECK_SECONDS = 10.0
 _RETRY_SECONDS = 5.0
 _DEVICE_MAPPER_SECONDS = 10.0
 _STUCK_SECONDS = 10.0
+_FILES_SECONDS = 30.0
 # Within it the healer has begun to heal what it can.
 _HEALER_SECONDS = 1.0
 # Room for a burst of old events when the daemon starts, to know what was reported.
@@ -91,6 +95,10 @@ class Host:
         """Return the kernel's name of a device."""
         return kernel_name(devno)
 
+    def files(self, target: str, lost: Sequence[tuple[int, int]]) -> list[dict[str, Any]]:
+        """Find out whom lost sectors of a target belonged to, as an event tells it."""
+        return event_files(owners(f"/dev/mapper/{target}", lost, _FILES_SECONDS))
+
 
 class Daemon:
     """The daemon without its command line.
@@ -122,6 +130,7 @@ class Daemon:
         self._watcher = Watcher(self._patience, clock)
         self._journal_thread = Worker("journal")
         self._table_thread = Worker("device-mapper")
+        self._files_thread = Worker("files")
         self._disk_threads: dict[str, Worker] = {}
         self._dirty: set[str] = set()
         self._waiting = 0
@@ -307,7 +316,12 @@ class Daemon:
         if self._journal is not None:
             with contextlib.suppress(asyncio.TimeoutError):
                 await asyncio.wait_for(self._journal_thread.call(self._journal.close), 5)
-        for worker in (self._journal_thread, self._table_thread, *self._disk_threads.values()):
+        for worker in (
+            self._journal_thread,
+            self._table_thread,
+            self._files_thread,
+            *self._disk_threads.values(),
+        ):
             worker.stop()
 
     # Seeing
@@ -495,7 +509,7 @@ class Daemon:
         if number[0] == begun and number[1] <= known:
             return  # it came before, and only the answer was lost
         dropped = number[1] - 1 - (known if number[0] == begun else 0) if begun else 0
-        drafts = list(finding.drafts)
+        drafts = [await self._with_files(draft) for draft in finding.drafts]
         if dropped:
             many = counted(dropped, "report")
             drafts.insert(0, Draft(events.OVERRUN, f"{many} of the healer came to nobody in time"))
@@ -511,6 +525,17 @@ class Daemon:
         self._counts["healed"] += report["type"] == "healed"
         self._counts["failed"] += report["type"] == "failed"
         self._counts["lost_sectors"] += sum(item["count"] for item in report["lost"])
+
+    async def _with_files(self, draft: Draft) -> Draft:
+        """The draft of a loss with whom its sectors belonged to, if that can be found out."""
+        if draft.type != events.SECTORS_LOST:
+            return draft
+        try:
+            found = await self._files_thread.call(self._host.files, draft.target, draft.sectors)
+        except (DmRemapError, OSError) as error:
+            log.warning("%s: whom lost sectors belonged to is unknown: %s", draft.target, error)
+            return draft
+        return replace(draft, files=found)
 
     async def _explain(self, devno: str) -> None:
         """Find out what failed requests of a device mean for each target, and write that down."""

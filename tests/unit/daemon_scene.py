@@ -13,7 +13,9 @@ import os
 import ssl
 import threading
 import uuid
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from dm_remap import credentials
 from dm_remap.daemon import Daemon
@@ -89,6 +91,10 @@ class FakeHost:
 
     def name(self, devno: str) -> str:
         return "sdb"
+
+    def files(self, target: str, lost: Sequence[tuple[int, int]]) -> list[dict[str, Any]]:
+        start, count = lost[0]
+        return [{"start": start, "count": count, "kind": "file", "path": f"/{target}/letter"}]
 
 
 class Scene:

@@ -99,6 +99,8 @@ def test_a_report_becomes_an_event(scene, reports, said, kind, severity, sectors
     assert (event["target"], event["device"], event["generation"]) == ("data", "sdb", 4)
     assert (event["errno"], event["requests"]) == (5, 2)
     assert event["operation"] == said["operation"]
+    file = {"start": 41, "count": 1, "kind": "file", "path": "/data/letter"}
+    assert event.get("files") == ([file] if kind == "sectors_lost" else None)
     assert event["message"].startswith("data: ")
     counts = {"healed": 0, "failed": 0, "lost_sectors": len(said["lost"])}
     counts.update({said["type"]: 1} if said["type"] in counts else {})
