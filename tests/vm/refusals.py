@@ -517,8 +517,7 @@ def _cases_of_existing_targets() -> Iterator[Case]:
     same = _target("main", "held", name=HELD)
     for case, change, words in (
         ("other main", {"main": path("ide")}, ("active with the main", path("ide"))),
-        ("other spare", {"spares": [path("spare")]}, ("active with the spares", path("spare"))),
-        ("further spare", {"spares": [path("held"), path("spare")]}, (path("spare"),)),
+        ("further spare in use", {"spares": [path("held"), path("main4k")]}, (path("main4k"),)),
         ("other chunk_size", {"chunk_size": "128K"}, ("65536", "cannot be changed")),
         ("vanished main", {"main": "/dev/gone"}, ("/dev/gone", "no such device")),
     ):

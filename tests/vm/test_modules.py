@@ -100,7 +100,7 @@ def test_life_of_a_target(lab: Machine, runner: Runner, spare_names: tuple[str, 
     paths = [disk.path for disk in spares]
     content = os.urandom(4 * CHUNK_SECTORS * 512)
     main.write(24 * CHUNK_SECTORS, content)
-    wanted = {"name": NAME, "main": main.path, "spares": paths}
+    wanted = {"name": NAME, "main": main.path, "spares": paths, "on_error": "fail"}
     target = f"/dev/mapper/{NAME}"
 
     blank = digests(lab)
@@ -229,7 +229,7 @@ def test_a_target_after_a_power_cut(lab: Machine, runner: Runner) -> None:
     main, spare = lab.disk("main"), lab.disk("spare")
     content = os.urandom(CHUNK_SECTORS * 512)
     main.write(0, content)
-    wanted = {"name": NAME, "main": main.path, "spares": [spare.path]}
+    wanted = {"name": NAME, "main": main.path, "spares": [spare.path], "on_error": "fail"}
     done = runner.run(
         Step("create", "target", wanted),
         Step("remap", "sectors", {"name": NAME, "ranges": [{"start": 0}]}),
@@ -293,6 +293,7 @@ def erasing() -> list[Step]:
         "spares": [refusals.path(name) for name in refusals.ERASABLE],
         "wipe": True,
         "discard_remaps": True,
+        "on_error": "fail",
     }
     return [
         Step("wipe alone", "target", {**wanted, "discard_remaps": False}, check=True),
