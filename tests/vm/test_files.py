@@ -81,6 +81,7 @@ def expect_victim(told: list[dict[str, Any]], sector: int, filesystem: str, **mo
 @pytest.mark.parametrize("partitioned", [False, True], ids=["whole", "partition"])
 @pytest.mark.parametrize("filesystem", ["ext4", "xfs", "xfs-rmapbt"])
 @pytest.mark.core
+@pytest.mark.soak
 def test_a_lost_sector_names_its_file(
     guest: Guest, tmp_path: Path, filesystem: str, partitioned: bool, mounted: bool
 ) -> None:

@@ -162,8 +162,8 @@ def guest(installed: Guest) -> Guest:
         ("ide", "EIO", "none", True),
         ("scsi", "ENODATA", "none", False),
         ("nvme", "EIO", "none", False),
-        ("scsi", "ENODATA", "raid", True),
-        ("nvme", "EIO", "raid", True),
+        pytest.param("scsi", "ENODATA", "raid", True, marks=pytest.mark.soak),
+        pytest.param("nvme", "EIO", "raid", True, marks=pytest.mark.soak),
     ],
 )
 def test_an_application_sees_lost_sectors_only(
@@ -208,6 +208,7 @@ def test_an_application_sees_lost_sectors_only(
     assert "healer" not in health["troubles"]
 
 
+@pytest.mark.soak
 @pytest.mark.core
 def test_a_weak_sector_is_saved_before_the_application_knows(guest: Guest) -> None:
     disk = guest.lab.disk("main")
@@ -217,6 +218,7 @@ def test_a_weak_sector_is_saved_before_the_application_knows(guest: Guest) -> No
     assert guest.event("remapped")["suspect"] == [[1280, 128]]
 
 
+@pytest.mark.soak
 @pytest.mark.core
 @pytest.mark.parametrize("shim", ["none", "raid"])
 def test_a_flush_that_fails_reaches_the_application(guest: Guest, shim: str) -> None:
@@ -227,6 +229,7 @@ def test_a_flush_that_fails_reaches_the_application(guest: Guest, shim: str) -> 
     assert guest.act(("direct write", 0, 8, 1), ("flush", 0, 0, 0)) == ["ok", "ok"]
 
 
+@pytest.mark.soak
 @pytest.mark.core
 def test_a_healer_killed_in_the_middle_goes_on(guest: Guest) -> None:
     disk = guest.lab.disk("main")
@@ -245,6 +248,7 @@ def test_a_healer_killed_in_the_middle_goes_on(guest: Guest) -> None:
     assert int(guest.unit("NRestarts")) >= int(kills)
 
 
+@pytest.mark.soak
 @pytest.mark.core
 def test_without_a_healer_io_ends_and_with_it_again_it_is_healed(guest: Guest) -> None:
     disk = guest.lab.disk("main")
@@ -267,6 +271,7 @@ def test_without_a_healer_io_ends_and_with_it_again_it_is_healed(guest: Guest) -
     guest.lab.run(["sh", "-c", f"echo {limit} > {TIMEOUT}"])
 
 
+@pytest.mark.soak
 @pytest.mark.core
 def test_the_service_is_confined(guest: Guest) -> None:
     assert guest.unit("CapabilityBoundingSet") == "cap_ipc_lock cap_sys_admin"
