@@ -51,7 +51,7 @@ sanity: packages-lint collection
 	@$(ENVIRONMENT) python tools/sanity.py
 
 test-unit: packages-filesystems collection
-	@$(PYTEST) tests/unit $(ARGS)
+	@$(PYTEST) tests/unit -m 'not soak' $(ARGS)
 
 test-loop: packages-rulebook collection
 	@$(PYTEST) tests/loop -m 'not soak' $(ARGS)

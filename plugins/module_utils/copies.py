@@ -673,11 +673,15 @@ class _Slots:
 def _batches(good: Collection[int], write: Collection[int]) -> tuple[list[int], list[int]]:
     """Split the copies to write in two, so that the first leaves a good one alone, if any is.
 
-    Odd and far copies come first. Only where no even copy is good, one good copy is kept alone.
+    Odd and far copies come first. Only where no even copy is good, one good copy is kept alone; and
+    where only even ones are, one of them comes first, because slots that cannot be read may take a
+    write and still not read.
     """
     keep = set(EVEN_COPIES)
     if good and not keep & set(good):
         keep = {max(good)}
+    elif len(good) > 1 and keep >= set(good):
+        keep.remove(min(good))
     ordered = sorted(write)
     return (
         [index for index in ordered if index not in keep],

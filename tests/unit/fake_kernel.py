@@ -117,7 +117,7 @@ class Disk:
     heals: bool = True
     dead: bool = False
     code: int = errno.EIO
-    flush_fails: bool = False
+    flush_fails: bool | int = False
     mounted: str = ""
     read_only: bool = False
     on_read: Callable[[int, int], None] | None = None
@@ -169,6 +169,9 @@ class Disk:
 
     def flush(self) -> None:
         if self.dead or self.flush_fails:
+            # True, or how many failures are left.
+            if self.flush_fails and self.flush_fails is not True:
+                self.flush_fails -= 1
             raise fail(self.code, f"{self.path}: flush")
         for sector, data in self.cache:
             self._put(sector, data, self.stable, self.stable_bad)
@@ -221,8 +224,9 @@ class Integrity:
 class Multipath:
     """A multipath target with one path.
 
-    ``queueing`` is queue_if_no_path, ``saved`` what it was before a suspend, ``current`` whether
-    the last I/O found a path, and ``queued`` what waits for one.
+    ``queueing`` is queue_if_no_path, ``saved`` what it was before a suspend, ``unused`` whether
+    there was no I/O yet, ``current`` whether the last I/O found a path, and ``queued`` what waits
+    for one.
     """
 
     devno: str
@@ -230,6 +234,7 @@ class Multipath:
     saved: bool = False
     active: bool = True
     failures: int = 0
+    unused: bool = True
     current: bool = False
     queued: list[Request] = field(default_factory=list)
 
@@ -256,7 +261,7 @@ class Multipath:
 
     def status(self) -> str:
         group, state = "A" if self.current else "E", "A" if self.active else "F"
-        return f"2 0 0 0 1 1 {group} 0 1 0 {self.devno} {state} {self.failures} "
+        return f"2 {int(self.unused)} 0 0 1 1 {group} 0 1 0 {self.devno} {state} {self.failures} "
 
 
 @dataclass
@@ -296,6 +301,7 @@ class Mapped:
     live: Table | None = None
     inactive: Table | None = None
     suspended: bool = False
+    loaded: bool = False
     handles: int = 0
     regions: dict[int, Region] = field(default_factory=dict)
     waiting: list[Request] = field(default_factory=list)
@@ -483,7 +489,7 @@ class Kernel:
         return b""
 
     def _take_path(self, device: Mapped, path: Multipath, io: Io) -> bytes:
-        path.current = path.active
+        path.unused, path.current = False, path.active
         if path.active:
             try:
                 return self.perform(path.devno, io)
@@ -763,25 +769,25 @@ class Kernel:
                 table.multipath = Multipath.open(segment.params)
                 if len(segments) > 1:
                     raise fail(errno.EINVAL, f"{name}: multipath stands alone in a table")
-                self._claim(name, table.multipath.devno, segment.length)
-            elif segment.target != "error":
-                for verb in ("read", "write", "flush"):
-                    devno, offset, _delay = destination(segment, verb)
-                    self._claim(name, devno, offset + segment.length)
+            for devno, _end in extents_below(segment):
+                below = self.find(devno)
+                if isinstance(below, Disk) and below.mounted:
+                    raise fail(errno.EBUSY, f"{below.path} is mounted")
         if not segments:
             raise fail(errno.EINVAL, f"{name}: no segments")
         wildcard = [segment.target for segment in segments] == ["error"]
         if device.live and device.live.multipath and not table.multipath and not wildcard:
             raise fail(errno.EINVAL, f"{name}: only multipath can follow multipath")
-        device.inactive = table
+        if not device.loaded:
+            self._check_ends(table)
+        device.loaded, device.inactive = True, table
 
-    def _claim(self, name: str, devno: str, end: int) -> None:
-        """Open a device for a table that uses it up to the sector ``end``."""
-        device = self.find(devno)
-        if end > device.sectors:
-            raise fail(errno.EINVAL, f"{name}: {end} is past the end of {devno}")
-        if isinstance(device, Disk) and device.mounted:
-            raise fail(errno.EBUSY, f"{device.path} is mounted")
+    def _check_ends(self, table: Table) -> None:
+        """What the kernel does at a device's first load, and later only at the swap."""
+        for segment in table.segments:
+            for devno, end in extents_below(segment):
+                if end > self.size(devno):
+                    raise fail(errno.EINVAL, f"{segment} is past the end of {devno}")
 
     def suspend(self, name: str, noflush: bool = False) -> None:
         device = self.mapped[name]
@@ -813,7 +819,8 @@ class Kernel:
         path.saved, path.queueing = path.queueing, False
         queued, path.queued[:] = list(path.queued), []
         if noflush:
-            device.waiting += queued
+            # Pushed back one by one to the head of what the device has deferred.
+            device.waiting[:0] = reversed(queued)
             return
         for request in queued:
             self._account(device, request.io)
@@ -823,7 +830,10 @@ class Kernel:
         device = self.mapped[name]
         if device.inactive:
             self.suspend(name, noflush)
-            device.live, device.inactive = device.inactive, None
+            table, device.inactive = device.inactive, None
+            # A swap that fails here leaves the device suspended, with its old table.
+            self._check_ends(table)
+            device.live = table
         device.suspended = False
         path = device.live.multipath if device.live else None
         if path and path.saved:
@@ -893,6 +903,16 @@ class Kernel:
             with contextlib.suppress(OSError):
                 self._write_back(device.live.integrity)
         del self.mapped[name]
+
+
+def extents_below(segment: Segment) -> list[tuple[str, int]]:
+    """The devices that a segment uses, but not those of integrity, and up to which sector."""
+    if segment.target == "multipath":
+        return [(Multipath.open(segment.params).devno, segment.length)]
+    if segment.target in ("error", "integrity"):
+        return []
+    places = [destination(segment, verb) for verb in ("read", "write", "flush")]
+    return [(devno, offset + segment.length) for devno, offset, _delay in places]
 
 
 def below(segments: Iterable[Segment]) -> list[str]:

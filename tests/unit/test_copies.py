@@ -6,13 +6,10 @@
 from __future__ import annotations
 
 import dataclasses
-import errno
 import itertools
-import random
 import struct
-import uuid
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 
 import pytest
 from hypothesis import given
@@ -42,120 +39,25 @@ from dm_remap.format import (
     Extent,
     Metadata,
     pack_slot,
-    plan_geometry,
-    slot_sectors_of,
 )
-
-SECTOR = fmt.SECTOR_BYTES
-SIZE = 1 << 17
-SLOTS = slot_sectors_of(SIZE)
-CHUNK = 8
-TARGET = uuid.UUID("11111111-1111-4111-8111-111111111111")
-OTHER_TARGET = uuid.UUID("99999999-9999-4999-8999-999999999999")
-HOST = uuid.UUID("22222222-2222-4222-8222-222222222222")
-SPARES = [uuid.UUID(int=0x33333333333343338333333333333300 + index) for index in range(8)]
-NOW = 1_700_000_000_000_000_000
-ODD_AND_FAR = (1, 3, 5, 6)
-EVEN = (0, 2, 4)
-
-
-class Disk:
-    """A device in memory: sparse, with chosen sectors that fail, and a record of all writes."""
-
-    def __init__(self, name: str = "disk", sectors: int = SIZE) -> None:
-        self.name = name
-        self.sectors = sectors
-        self.blocks: dict[int, bytes] = {}
-        self.unreadable: set[int] = set()
-        self.unwritable: set[int] = set()
-        self.flush_fails = False
-        self.log: list[tuple[int, bytes] | None] = []
-        self.reads: list[tuple[int, int]] = []
-
-    def read(self, sector: int, count: int) -> bytes:
-        assert sector >= 0
-        assert sector + count <= self.sectors
-        self.reads.append((sector, count))
-        if self.unreadable.intersection(range(sector, sector + count)):
-            raise OSError(errno.EIO, "injected")
-        return b"".join(
-            self.blocks.get(number, bytes(SECTOR)) for number in range(sector, sector + count)
-        )
-
-    def write(self, sector: int, data: bytes) -> None:
-        assert len(data) % 4096 == 0
-        assert sector + len(data) // SECTOR <= self.sectors
-        if self.unwritable.intersection(range(sector, sector + len(data) // SECTOR)):
-            raise OSError(errno.EIO, "injected")
-        self.log.append((sector, data))
-        self.put(sector, data)
-
-    def put(self, sector: int, data: bytes) -> None:
-        for offset in range(0, len(data), SECTOR):
-            self.blocks[sector + offset // SECTOR] = data[offset : offset + SECTOR]
-
-    def flush(self) -> None:
-        if self.flush_fails:
-            raise OSError(errno.EIO, "injected")
-        self.log.append(None)
-
-    def clone(self, name: str | None = None) -> Disk:
-        other = Disk(name or self.name, self.sectors)
-        other.blocks = dict(self.blocks)
-        other.unreadable = set(self.unreadable)
-        return other
-
-    def damage(self, *indexes: int, offset: int = 100) -> Disk:
-        """Flip a bit of these copies: in the header, or in the body from byte 4096 on."""
-        for index in indexes:
-            sector = SLOTS[index] + offset // SECTOR
-            block = bytearray(self.blocks[sector])
-            block[offset % SECTOR] ^= 1
-            self.blocks[sector] = bytes(block)
-        return self
-
-
-def config(spares: int = 1, size: int = SIZE, **more: object) -> dict[str, object]:
-    geometry = plan_geometry(size, CHUNK, 1).to_dict()
-    return {
-        "name": "disk",
-        "chunk_sectors": CHUNK,
-        "main": {"sectors": 1 << 20},
-        "spares": [{"uuid": str(SPARES[i]), "geometry": geometry} for i in range(spares)],
-        **more,
-    }
-
-
-def first(spares: int = 1, **changes: object) -> Metadata:
-    metadata = Metadata(TARGET, 1, NOW, HOST, fmt.NO_DIGEST, config(spares), {})
-    return dataclasses.replace(metadata, **changes)
-
-
-def after(metadata: Metadata, steps: int = 1, host: uuid.UUID = HOST) -> Metadata:
-    """A generation some commits later, each with one more extent."""
-    for _unused in range(steps):
-        place = metadata.generation
-        metadata = metadata.successor(
-            timestamp_ns=metadata.timestamp_ns + 1,
-            host_id=host,
-            extents=(*metadata.extents, Extent(place, 1, 0, place)),
-        )
-    return metadata
-
-
-def fill(disk: Disk, metadata: Metadata, indexes: Iterable[int] = range(7), spare: int = 0) -> Disk:
-    """Put copies on a disk without a commit."""
-    for index in indexes:
-        disk.put(SLOTS[index], pack_slot(metadata, SPARES[spare], SIZE, index))
-    return disk
-
-
-def pool(metadata: Metadata, count: int = 2) -> dict[int, Disk]:
-    return {index: fill(Disk(f"d{index}"), metadata, spare=index) for index in range(count)}
-
-
-def chosen(*disks: Disk, now_ns: int = NOW) -> Choice:
-    return choose({disk.name: survey(disk) for disk in disks}, now_ns)
+from tests.unit.copy_scene import (
+    EVEN,
+    NOW,
+    ODD_AND_FAR,
+    OTHER_TARGET,
+    SECTOR,
+    SIZE,
+    SLOTS,
+    SPARES,
+    TARGET,
+    Disk,
+    after,
+    chosen,
+    config,
+    fill,
+    first,
+    pool,
+)
 
 
 def faults(disk: Disk) -> dict[int, Diagnosis]:
@@ -801,79 +703,6 @@ def test_copies_that_a_crash_left_behind_are_reported() -> None:
 # Crashes
 
 
-def crash_states(
-    start: Mapping[int, Disk], end: Mapping[int, Disk], tear: random.Random | None = None
-) -> Iterator[dict[int, Disk]]:
-    """Every set of disks that a crash can leave behind.
-
-    What a device flushed is there. Of what it wrote since, any subset is, and with `tear` any of
-    it may be torn. Devices are written at the same time, so all combinations of their states are
-    taken; with `tear`, a thousand of them.
-
-    Args:
-        start: disks before the writes.
-        end: the same with their logs.
-        tear: chooses which 512-byte sectors of a torn write are there.
-    """
-    per_disk = [list(_states_of(start[index], end[index].log, tear)) for index in start]
-    combinations = list(itertools.product(*per_disk))
-    if tear and len(combinations) > 1000:
-        combinations = tear.sample(combinations, 1000)
-    for combination in combinations:
-        halves = [half for half, _disk in combination]
-        # The second half begins on no device before the first is flushed on all.
-        if max(halves) - min(halves) <= 1:
-            yield {index: disk.clone() for index, (_unused, disk) in zip(start, combination)}
-
-
-def _states_of(
-    start: Disk, log: list[tuple[int, bytes] | None], tear: random.Random | None
-) -> Iterator[tuple[int, Disk]]:
-    flushed = start.clone()
-    half = 0
-    pending: list[tuple[int, bytes]] = []
-    for entry in [*log, None]:
-        if entry is not None:
-            pending.append(entry)
-            continue
-        fates = ("absent", "whole", "torn") if tear else ("absent", "whole")
-        for fate in itertools.product(fates, repeat=len(pending)):
-            disk = flushed.clone()
-            for (sector, data), how in zip(pending, fate):
-                for offset in range(0, len(data), SECTOR):
-                    if how == "whole" or (how == "torn" and tear and tear.random() < 0.5):
-                        disk.put(sector + offset // SECTOR, data[offset : offset + SECTOR])
-            yield half, disk
-        for sector, data in pending:
-            flushed.put(sector, data)
-        pending = []
-        half += 1
-
-
-def check_every_crash(
-    start: Mapping[int, Disk],
-    old: Metadata | None,
-    new: Metadata,
-    tear: random.Random | None = None,
-) -> set[int]:
-    """Commit once, then recover from every crash. Returns the generations that were found."""
-    end = {index: disk.clone() for index, disk in start.items()}
-    commit(end, old, new)
-    whole = {new.digest} | ({old.digest} if old else set())
-    found = set()
-    for state in crash_states(start, end, tear):
-        try:
-            choice = chosen(*state.values())
-        except NoMetadata:
-            assert old is None
-            found.add(0)
-            continue
-        assert choice.metadata.digest in whole
-        found.add(choice.metadata.generation)
-        recover(state, choice)
-    return found
-
-
 def recover(state: Mapping[int, Disk], choice: Choice) -> None:
     """After a crash repair makes every copy right, and the next commit goes through."""
     for index, disk in state.items():
@@ -884,89 +713,6 @@ def recover(state: Mapping[int, Disk], choice: Choice) -> None:
     assert (again.stale, again.damaged, again.missing) == (frozenset(), {}, ())
     commit(state, choice.metadata, after(choice.metadata))
     assert chosen(*state.values()).metadata.generation == choice.metadata.generation + 1
-
-
-@pytest.mark.parametrize("count", [1, 2])
-def test_every_crash_of_a_commit_leaves_one_whole_generation(count: int) -> None:
-    old, new = after(first(count), 3), after(first(count), 4)
-    assert check_every_crash(pool(old, count), old, new) == {4, 5}
-
-
-def test_every_crash_of_the_first_commit_leaves_it_or_nothing() -> None:
-    assert check_every_crash({0: Disk("d0")}, None, first()) == {0, 1}
-
-
-@pytest.mark.parametrize("seed", range(3))
-@pytest.mark.parametrize("count", [1, 2])
-def test_torn_writes_leave_one_whole_generation(seed: int, count: int) -> None:
-    old = after(first(count, health={"text": "x" * 9000}), 3)
-    tear = random.Random(seed)
-    found = check_every_crash(pool(old, count), old, after(old), tear)
-    assert found == {4, 5}
-
-
-@pytest.mark.parametrize(
-    "lost",
-    [(4,), (0, 2), *itertools.combinations(range(7), 3), *itertools.combinations(range(7), 6)],
-)
-def test_crashes_with_copies_already_lost_leave_one_whole_generation(
-    lost: tuple[int, ...],
-) -> None:
-    old = first()
-    start = {0: fill(Disk("d0"), old).damage(*lost, offset=4200)}
-    assert check_every_crash(start, old, after(old), random.Random(1)) == {1, 2}
-
-
-@pytest.mark.parametrize("dead", [(0, 2, 4), (1, 3, 5, 6), (0, 1, 2, 3, 4), (5, 6)])
-def test_crashes_with_slots_that_cannot_be_written_leave_one_whole_generation(
-    dead: tuple[int, ...],
-) -> None:
-    old, new = first(), after(first())
-    start = fill(Disk("d0"), old)
-    for index in dead:
-        start.put(SLOTS[index], bytes(8192))
-    end = start.clone()
-    end.unwritable = {SLOTS[index] for index in dead}
-    if dead == ODD_AND_FAR:
-        with pytest.raises(CommitFailed):
-            commit({0: end}, old, new)
-    else:
-        commit({0: end}, old, new)
-    for state in crash_states({0: start}, {0: end}):
-        assert chosen(state[0]).metadata.digest in {old.digest, new.digest}
-
-
-def test_every_crash_after_a_crash_leaves_one_whole_generation() -> None:
-    old, middle = first(), after(first())
-    start = fill(Disk("d0"), old, EVEN)
-    fill(start, middle, ODD_AND_FAR)
-    assert check_every_crash({0: start}, middle, after(middle)) == {2, 3}
-
-
-@pytest.mark.parametrize("good", [(0,), (1,), (6,), EVEN, ODD_AND_FAR, (0, 1, 2, 3, 4, 5)])
-def test_every_crash_of_a_repair_keeps_the_generation(good: tuple[int, ...]) -> None:
-    old, new = first(), after(first())
-    start = fill(Disk("d0"), old)
-    fill(start, new, good)
-    start.damage(*(set(range(7)) - set(good) - {0, 3}), offset=4200)
-    choice = chosen(start)
-    end = start.clone()
-    repair(end, choice, SPARES[0])
-    assert chosen(end).damaged == {}
-    for state in crash_states({0: start}, {0: end}):
-        assert chosen(state[0]).metadata == new
-        recover(state, chosen(state[0]))
-
-
-def test_every_crash_of_bringing_a_stale_spare_up_to_date_keeps_the_generation() -> None:
-    old, new = first(2), after(first(2), 3)
-    start = {0: fill(Disk("d0"), new), 1: fill(Disk("d1"), old, spare=1)}
-    end = {index: disk.clone() for index, disk in start.items()}
-    repair(end[1], chosen(*start.values()), SPARES[1])
-    assert chosen(*end.values()).stale == frozenset()
-    for state in crash_states(start, end):
-        assert chosen(*state.values()).metadata == new
-        recover(state, chosen(*state.values()))
 
 
 class Stopped(Exception):

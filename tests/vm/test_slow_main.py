@@ -30,7 +30,7 @@ def test_a_slow_bad_sector_does_not_stop_the_rest(lab: Machine, milliseconds: in
         milliseconds=milliseconds,
     )
     assert found["errno"] == errno.EILSEQ, "the sector is lost, and nothing else"
-    assert (found["lost"], found["extents"]) == ([[BAD, 8]], 1)
+    assert (found["lost"], found["extents"]) == ([[BAD, 1]], 1)
     times = found["beside"]
     print(
         f"{len(times)} writes with flush and read beside it in {found['seconds']:.1f} s: median "
