@@ -19,7 +19,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from typing import IO, Any, Protocol
 
-from . import blockdev, copies, extents, mapping, planner, pool, stack
+from . import blockdev, copies, extents, mapping, planner, pool, replacement, replacing, stack
 from .blockdev import SECTOR_BYTES, DeviceInfo
 from .devmapper import DeviceMapper, MappedDevice, Segment, check_name
 from .errors import DmRemapError, Refused
@@ -69,6 +69,9 @@ class Blocks(Protocol):
 
     def node_of(self, devno: str) -> str:
         """The node of a device number."""
+
+    def nodes_of_size(self, sizes: Collection[int]) -> list[str]:
+        """Nodes of the devices that have one of these sizes in sectors."""
 
     def signatures(self, path: str) -> list[str]:
         """What is found on the device."""
@@ -191,11 +194,25 @@ class RemapReport:
 
 @dataclass(frozen=True)
 class Disks:
-    """Open devices of a target: main, its spares' integrity devices, and the spares themselves."""
+    """Open devices of a target.
+
+    Args:
+        main: main.
+        spares: its spares' integrity devices.
+        members: the spares themselves.
+        new_main: what is to replace main, while that is under way.
+    """
 
     main: OpenDevice
     spares: Mapping[int, OpenDevice]
     members: Mapping[int, OpenDevice]
+    new_main: OpenDevice | None = None
+
+    def main_of(self, metadata: Metadata, chunk: int) -> OpenDevice:
+        """The main that a chunk without an extent is on."""
+        if self.new_main and chunk < replacement.copied_chunks(metadata):
+            return self.new_main
+        return self.main
 
 
 @dataclass(frozen=True)
@@ -380,11 +397,26 @@ class Engine:
         table = tuple(self._mapper.table(upper.name))
         shim = self._part(device, stack.shim_name(name))
         frozen = self._part(device, stack.frozen_name(name))
+        new_main = self._part(device, stack.new_main_name(name))
         used = {mapping.linear_target(s)[0] for s in table if s.target == "linear"}
         own = {spare.devno for spare in spares}
-        own |= {part.devno for part in (shim, frozen) if part}
+        own |= {part.devno for part in (shim, frozen, new_main) if part}
+        new = None
+        if new_main and new_main.live_table:
+            new = self._blocks.describe(self._below(new_main.name))
+        if replacement.under_way(choice.metadata) and new is None:
+            raise DmRemapError(
+                "its main is being replaced, but the new one is not where it was put",
+                device=f"/dev/mapper/{name}",
+                remedy="stop what uses the target, remove it with dmsetup, and run the target "
+                "module again",
+            )
         mains = [devno for devno in used if devno not in own] or self._lower_mains(name, own)
         main = self._blocks.describe(self._blocks.node_of(mains[0])) if mains else None
+        replaced = not replacement.under_way(choice.metadata)
+        if new_main and new_main.devno in used and replaced:
+            # All is on the new main, and the last commit has made it the main.
+            main = new
         found = ActiveTarget(
             device=device,
             map=upper,
@@ -395,8 +427,11 @@ class Engine:
             path=path,
             shim=shim if shim and shim.devno in used else None,
             frozen=frozen if frozen and frozen.devno in used else None,
+            replacement=None if replaced else new,
+            new_main=None if replaced else new_main,
         )
-        return replace(found, tidy=bool(found.frozen) or is_parked(self._mapper, found))
+        tidy = replacing.is_settled(self._mapper, found) and is_parked(self._mapper, found)
+        return replace(found, tidy=bool(found.frozen) or tidy)
 
     def _map_of(self, device: MappedDevice) -> tuple[MappedDevice, stack.PathState | None]:
         """The device whose table is the map, and the state of the path that holds I/O above it."""
@@ -432,6 +467,11 @@ class Engine:
         """Observe what a request is about. Devices that do not exist are refused."""
         target = self.observe(name)
         remains = () if target else tuple(self._remains(name))
+        wanted = self._blocks.describe(main) if main else None
+        new_main = None
+        mains = [target.main, target.replacement] if target else []
+        if main and wanted and target and wanted.devno not in [i.devno for i in mains if i]:
+            new_main = self._candidate(main, with_signatures=True)
         candidates = [self._candidate(path, with_signatures=not target) for path in spares]
         if main is None:
             # An interrupted removal has left spares that nobody may have named.
@@ -442,10 +482,26 @@ class Engine:
             target=target,
             remains=remains,
             taken=() if target else tuple(self._taken(name)),
-            main=self._blocks.describe(main) if main else None,
+            main=wanted,
             candidates=tuple(candidates),
             healer=self.healer_runs(),
+            new_main=new_main,
+            others=() if target else tuple(self._other_mains(candidates)),
         )
+
+    def _other_mains(self, candidates: Sequence[Candidate]) -> Iterator[DeviceInfo]:
+        """Devices that may be a main of the replacement that an inactive target is in."""
+        found = [copy.metadata for c in candidates for copy in c.survey.copies]
+        newest = max(found, key=lambda metadata: metadata.generation, default=None)
+        if newest is None or not replacement.under_way(newest):
+            return
+        under_way = newest.config["replacement"]
+        entries = (newest.config["main"], under_way["main"])
+        paths = [under_way["old_path"], under_way["main"]["path"]]
+        sizes = {replacement.device_sectors(entry) for entry in entries}
+        for path in (*paths, *self._blocks.nodes_of_size(sizes)):
+            with contextlib.suppress(DmRemapError):
+                yield self._blocks.describe(path)
 
     def healer_runs(self) -> bool:
         """Whether the daemon that heals held I/O runs on this host."""
@@ -629,6 +685,10 @@ class Engine:
         with self._blocks.BlockDevice(action.device, writable=True) as device:
             copies.repair(device, copies.choose(surveys), spare_uuid)
 
+    def _do_wipe_main(self, plan: Plan, action: planner.Action) -> None:
+        self._blocks.erase_signatures(action.device)
+        self._wipe_copies(action.device)
+
     def _do_create_target(self, plan: Plan, action: planner.Action) -> None:
         if plan.main is None:
             raise AssertionError("a plan that creates a target has a main")
@@ -645,10 +705,104 @@ class Engine:
                 stack.shim_table(metadata.config["main"]["sectors"], main.devno),
             )
             flushed = main.devno
-        table = planner.map_table(metadata, upper_main, spares, flushed)
+        new_main = ""
+        if plan.replacement:
+            new_main = self._create_new_main(plan)
+            self._create_parked(metadata, name, main.devno)
+        table = planner.map_table(metadata, upper_main, spares, flushed, new_main=new_main)
         if metadata.config["on_error"] == planner.HOLD:
             table = self._create_hold(metadata, name, table)
         self._mapper.create(name, _dm_uuid(metadata), table, private=False)
+
+    def _create_new_main(self, plan: Plan) -> str:
+        """Create the device over the new main; its device number."""
+        if plan.replacement is None:
+            raise AssertionError("only for plans with a new main")
+        metadata = _metadata_of(plan)
+        return self._create_part(
+            metadata,
+            plan.name,
+            stack.new_main_name(plan.name),
+            stack.whole_table(metadata.config["main"]["sectors"], plan.replacement.devno),
+        )
+
+    def _create_parked(self, metadata: Metadata, name: str, carrier: str) -> None:
+        """Create the freezing devices, which hold the old main when the map does not use it."""
+        place = self._create_part(
+            metadata, name, stack.place_name(name), stack.place_table([], carrier)
+        )
+        table = stack.whole_table(stack.CARRIER_SECTORS, place)
+        self._create_part(metadata, name, stack.frozen_name(name), table)
+
+    def _do_replace_main(self, plan: Plan, action: planner.Action) -> None:
+        """Begin the replacement, unless it has begun; `replace_main` carries it on."""
+        target = self.require(plan.name)
+        if target.replacement or plan.replacement is None:
+            return
+        self._check_freezing_names(target)
+        self._create_new_main(plan)
+        self._step("new_main_created")
+        config = replacement.begun(target.metadata.config, target.main, plan.replacement)
+        self._commit_config(target, config)
+
+    def _do_undo_replacement(self, plan: Plan, action: planner.Action) -> None:
+        """Nothing has to be begun; `replace_main` does it all."""
+
+    def replace_main(
+        self,
+        name: str,
+        undo: bool = False,
+        pace: replacing.Pace | None = None,
+        patience: Patience | None = None,
+    ) -> replacing.Result:
+        """Carry a replacement that was begun to its end, or back; holds the lock in steps only.
+
+        Args:
+            name: the target; the caller does not hold its lock.
+            undo: go back to the old main.
+            pace: how fast to copy, and in which steps.
+            patience: how hard to try to read failing blocks.
+
+        Raises:
+            DmRemapError: a step failed; the target is as its metadata says, and another call goes
+                on from there.
+        """
+        _lock_memory()
+        tools = replacing.Tools(self._mapper, self._freezer, self._guarded, self._end_freeze)
+        copying = replacing.Replacing(
+            self, tools, self._step, self._progress, pace, patience or Patience()
+        )
+        return copying.run(name, undo)
+
+    def successor(self, metadata: Metadata) -> Metadata:
+        """The next generation, from this host and now, with nothing else changed."""
+        return metadata.successor(time.time_ns(), host_id=host_id())
+
+    def commit_next(self, target: ActiveTarget, disks: Disks, new: Metadata) -> None:
+        """Commit the next generation of a target whose devices are open."""
+        copies.commit(disks.members, target.metadata, new, self._step)
+
+    def finish_replacement(self, target: ActiveTarget, config: dict[str, Any]) -> None:
+        """Commit the configuration after a replacement, and leave nothing of it in the kernel."""
+        self._commit_config(target, config)
+        target = self.require(target.name)
+        self._settle(target)
+        target = self.require(target.name)
+        if planner.shim_of(target.metadata) == planner.RAID_SHIM and target.shim is None:
+            self._insert_shim(target)
+
+    def _settle(self, target: ActiveTarget) -> None:
+        """Remove from the kernel what an ended replacement or a freeze has left there."""
+        part = stack.new_main_name(target.name)
+        new_main = self._part(target.device, part)
+        used = self._mapper.dependencies(target.map.name)
+        if new_main and target.replacement is None and new_main.devno in used:
+            self._swap_map(target, target.map_table(target.metadata))
+            self._step("new_main_direct")
+        self._freezer.park(target)
+        for left in replacing.leftovers(self._mapper, target):
+            self._mapper.remove(left)
+            self._step("leftover_removed")
 
     def _create_part(
         self, metadata: Metadata, name: str, part: str, table: Sequence[Segment]
@@ -681,6 +835,7 @@ class Engine:
             stack.frozen_name(plan.name),
             stack.place_name(plan.name),
             stack.shim_name(plan.name),
+            stack.new_main_name(plan.name),
         )
 
     def _remove_parts(self, target: MappedDevice, *parts: str) -> None:
@@ -692,16 +847,16 @@ class Engine:
         self._end_freeze(plan.name)
 
     def _do_tidy(self, plan: Plan, action: planner.Action) -> None:
-        self._freezer.park(self.require(plan.name))
+        self._settle(self.require(plan.name))
 
     def _do_update_config(self, plan: Plan, action: planner.Action) -> None:
-        target = self.require(plan.name)
-        successor = target.metadata.successor(time.time_ns(), host_id=host_id())
-        new = replace(successor, config=_metadata_of(plan).config)
+        self._commit_config(self.require(plan.name), _metadata_of(plan).config)
+
+    def _commit_config(self, target: ActiveTarget, config: dict[str, Any]) -> None:
+        new = replace(self.successor(target.metadata), config=config)
+        infos = {spare.index: spare.candidate.info for spare in target.spares}
         with contextlib.ExitStack() as members:
-            copies.commit(
-                self._open_members(members, plan.spares), target.metadata, new, step=self._step
-            )
+            copies.commit(self._open_members(members, infos), target.metadata, new, step=self._step)
         self.backup(new)
 
     def _do_hold_errors(self, plan: Plan, action: planner.Action) -> None:
@@ -727,14 +882,16 @@ class Engine:
         self.release(self.require(plan.name))
 
     def _do_insert_shim(self, plan: Plan, action: planner.Action) -> None:
-        target = self.require(plan.name)
+        self._insert_shim(self.require(plan.name))
+
+    def _insert_shim(self, target: ActiveTarget) -> None:
         if target.main is None:
-            raise Refused("has no chunk on its main that a shim could serve", device=plan.name)
-        part = stack.shim_name(plan.name)
+            raise Refused("has no chunk on its main that a shim could serve", device=target.name)
+        part = stack.shim_name(target.name)
         device = self._part(target.device, part)
         table = stack.shim_table(target.metadata.config["main"]["sectors"], target.main.devno)
         if device is None:
-            self._create_part(target.metadata, plan.name, part, table)
+            self._create_part(target.metadata, target.name, part, table)
         shimmed = replace(target, shim=self._existing(part))
         self._swap_map(shimmed, shimmed.map_table(target.metadata))
 
@@ -879,8 +1036,12 @@ class Engine:
         )
 
     @contextlib.contextmanager
-    def opened(self, target: ActiveTarget) -> Iterator[Disks]:
+    def opened(self, target: ActiveTarget, write_back: bool = False) -> Iterator[Disks]:
         """Open what a move reads and writes.
+
+        Args:
+            target: the target.
+            write_back: open main for writing too, because a replacement of it is undone.
 
         Raises:
             DmRemapError: a device cannot be opened, or no chunk is on main.
@@ -888,8 +1049,11 @@ class Engine:
         if target.main is None:
             raise DmRemapError("its main is not known", device=target.name)
         with contextlib.ExitStack() as opened:
+            new = target.replacement
             yield Disks(
-                main=opened.enter_context(self._blocks.BlockDevice(target.main.path)),
+                main=opened.enter_context(
+                    self._blocks.BlockDevice(target.main.path, writable=write_back)
+                ),
                 spares={
                     spare.index: opened.enter_context(
                         self._blocks.BlockDevice(self._blocks.node_of(spare.devno), writable=True)
@@ -899,6 +1063,9 @@ class Engine:
                 members=self._open_members(
                     opened, {s.index: s.candidate.info for s in target.spares}
                 ),
+                new_main=opened.enter_context(self._blocks.BlockDevice(new.path, writable=True))
+                if new
+                else None,
             )
 
     def move(
@@ -934,11 +1101,13 @@ class Engine:
             self.release(target)
             works = []
             for chunk in chunks:
-                works.append(self._salvage_chunk(metadata, name, chunk, disks.main, patience))
+                source = disks.main_of(metadata, chunk)
+                works.append(self._salvage_chunk(metadata, name, chunk, source, patience))
                 self._step("salvaged")
-            if target.main is None:
-                raise AssertionError("a target with chunks on main has a main")
-            _confirm_losses(disks.main, works, target.main)
+            for main, info in ((disks.main, target.main), (disks.new_main, target.replacement)):
+                if main and info:
+                    there = [w for w in works if disks.main_of(metadata, w.chunk) is main]
+                    _confirm_losses(main, there, info)
             works = [work for work in works if wanted(work.chunk, work.salvage)]
             salvage_seconds = time.monotonic() - begun
             if works:
@@ -1100,8 +1269,7 @@ class Engine:
         self._step("poisoned")
 
     def _next(self, metadata: Metadata, works: Sequence[_Work]) -> Metadata:
-        successor = metadata.successor(time.time_ns(), host_id=host_id())
-        return planner.with_remaps(successor, *_outcome(works))
+        return planner.with_remaps(self.successor(metadata), *_outcome(works))
 
     def _open_members(
         self, stack: contextlib.ExitStack, spares: Mapping[int, DeviceInfo]

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 
 from .errors import Refused
 from .format import Extent
@@ -88,3 +88,34 @@ def merge_sectors(ranges: Iterable[tuple[int, int]]) -> tuple[tuple[int, int], .
         else:
             joined.append((start, count))
     return tuple(joined)
+
+
+def remove(extents: Iterable[Extent], chunks: Collection[int]) -> tuple[Extent, ...]:
+    """The extents without logical ``chunks``; what is left keeps its place."""
+    gone = frozenset(chunks)
+    left = []
+    for extent in extents:
+        if gone.isdisjoint(range(extent.logical, extent.logical + extent.length)):
+            left.append(extent)
+            continue
+        left += [
+            Extent(extent.logical + step, 1, extent.spare, extent.physical + step, extent.flags)
+            for step in range(extent.length)
+            if extent.logical + step not in gone
+        ]
+    return merge(left)
+
+
+def subtract_sectors(
+    ranges: Iterable[tuple[int, int]], holes: Iterable[tuple[int, int]]
+) -> tuple[tuple[int, int], ...]:
+    """Ranges of sectors (first, count) without those in ``holes``."""
+    left = merge_sectors(ranges)
+    for hole, length in holes:
+        cut = []
+        for start, count in left:
+            cut.append((start, min(start + count, hole) - start))
+            first = max(start, hole + length)
+            cut.append((first, start + count - first))
+        left = tuple((start, count) for start, count in cut if count > 0)
+    return left

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
-from . import copies, extents, pool
+from . import copies, extents, pool, replacement
 from .blockdev import OWN_SIGNATURE, DeviceInfo
 from .devmapper import MappedDevice, Segment, check_name
 from .errors import DmRemapError, Refused, StaleGeneration, count_of
@@ -25,7 +25,7 @@ from .format import (
     plan_geometry,
 )
 from .mapping import build_table, describe_table
-from .stack import CARRIER_SECTORS, MAX_SPARES, PathState, spare_name
+from .stack import CARRIER_SECTORS, MAX_SPARES, PathState, part_names, spare_name
 
 SECTOR_BYTES = 512
 MIN_CHUNK_BYTES = 4096
@@ -34,6 +34,8 @@ DEFAULT_CHUNK_BYTES = 65536
 LOGICAL_BLOCKS = (512, 4096)
 HOLD, FAIL = "hold", "fail"
 NO_SHIM, RAID_SHIM, AUTO_SHIM = "none", "raid", "auto"
+# Actions that are begun under the target's lock and carried on without it.
+REPLACE, UNDO = "replace_main", "undo_replacement"
 
 
 @dataclass(frozen=True)
@@ -82,6 +84,8 @@ class ActiveTarget:
         shim: the device between the map and main.
         frozen: the device that the map sends frozen chunks to, where a move was interrupted.
         tidy: whether an interruption left nothing else in the kernel.
+        replacement: the device that is to replace main, while that is under way.
+        new_main: the device over it, which the map uses for what was copied.
     """
 
     device: MappedDevice
@@ -94,6 +98,8 @@ class ActiveTarget:
     shim: MappedDevice | None = None
     frozen: MappedDevice | None = None
     tidy: bool = True
+    replacement: DeviceInfo | None = None
+    new_main: MappedDevice | None = None
 
     @property
     def name(self) -> str:
@@ -141,6 +147,7 @@ class ActiveTarget:
             self.main.devno if self.main and self.shim else "",
             frozen,
             frozen_device,
+            self.new_main.devno if self.new_main else "",
         )
 
 
@@ -151,6 +158,7 @@ def map_table(
     flushed: str = "",
     frozen: Mapping[int, int] | None = None,
     frozen_device: str = "",
+    new_main: str = "",
 ) -> list[Segment]:
     """The map for a generation.
 
@@ -162,6 +170,7 @@ def map_table(
             a segment beyond the target's end carries them.
         frozen: chunks on the freezing device, with their positions there.
         frozen_device: its device number.
+        new_main: device number of what stands over the new main while main is being replaced.
     """
     sectors = metadata.config["main"]["sectors"]
     table = build_table(
@@ -172,6 +181,8 @@ def map_table(
         spares,
         frozen,
         frozen_device,
+        replacement.copied_sectors(metadata),
+        new_main,
     )
     if flushed:
         table.append(Segment(sectors, CARRIER_SECTORS, "linear", f"{flushed} 0"))
@@ -214,6 +225,8 @@ class Seen:
         main: the device that is to be main.
         candidates: the devices that are to be spares.
         healer: whether the daemon that heals held I/O runs on the host.
+        new_main: what is on the device that is to be main where another one is it now.
+        others: devices one of which may be the other main of a replacement under way.
     """
 
     target: ActiveTarget | None
@@ -222,6 +235,8 @@ class Seen:
     candidates: tuple[Candidate, ...]
     taken: tuple[str, ...] = ()
     healer: bool = True
+    new_main: Candidate | None = None
+    others: tuple[DeviceInfo, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -238,6 +253,7 @@ class Plan:
         spares: devices of the spares by index.
         placed: for a remap, the new extents of one chunk each.
         warnings: what the user should know, but nothing is refused for.
+        replacement: the device that is to replace main.
     """
 
     name: str
@@ -249,6 +265,7 @@ class Plan:
     spares: Mapping[int, DeviceInfo] = field(default_factory=dict)
     placed: tuple[Extent, ...] = ()
     warnings: tuple[str, ...] = ()
+    replacement: DeviceInfo | None = None
 
     @property
     def changes(self) -> bool:
@@ -466,7 +483,7 @@ def _unreached(
         entry = choice.metadata.config["spares"][index]
         for candidate in blank:
             same_size = entry["geometry"]["spare_sectors"] == candidate.info.sectors
-            if same_size and _who(candidate.info).items() <= entry.items():
+            if same_size and replacement.identity_of(candidate.info).items() <= entry.items():
                 found.append((uuid.UUID(entry["uuid"]), candidate))
                 blank.remove(candidate)
                 break
@@ -475,7 +492,7 @@ def _unreached(
 
 def _plan_activation(request: Request, main: DeviceInfo, seen: Seen, choice: copies.Choice) -> Plan:
     metadata = choice.metadata
-    _check_main_identity(main, metadata)
+    mains = _mains_of(main, seen, metadata)
     _check_unchangeable(request, metadata)
     unreached = _unreached(choice, seen.candidates)
     by_uuid = {c.survey.spare_uuid: c for c in seen.candidates if c.survey.spare_uuid}
@@ -504,17 +521,42 @@ def _plan_activation(request: Request, main: DeviceInfo, seen: Seen, choice: cop
     actions += _repairs(choice, spares)
     actions += [Action("repair_metadata", c.info.path) for _uuid, c in unreached]
     actions += _activations(request.name, spares)
-    actions.append(_creation(request.name, main))
+    actions.append(_creation(request.name, mains[0], mains[1]))
+    after = metadata
+    if mains[1]:
+        kind = REPLACE if main is mains[1] else UNDO
+        action, after = _replacing(kind, request.name, metadata, mains[0], mains[1])
+        actions.append(action)
     return Plan(
         name=request.name,
         actions=tuple(actions),
         before=_nothing(),
-        after=_state(metadata, spares),
+        after=_state(after, spares),
         metadata=metadata,
-        main=main,
+        main=mains[0],
         spares=spares,
         warnings=warnings_of(choice),
+        replacement=mains[1],
     )
+
+
+def _mains_of(
+    main: DeviceInfo, seen: Seen, metadata: Metadata
+) -> tuple[DeviceInfo, DeviceInfo | None]:
+    """The target's main, and the one that is to replace it, of which ``main`` is one."""
+    if not replacement.under_way(metadata):
+        _check_main_identity(main, metadata)
+        return main, None
+    entry, old = metadata.config["replacement"], metadata.config["main"]
+    others = [info for info in seen.others if info.devno != main.devno]
+    if replacement.is_new_main(main, metadata):
+        other = replacement.find_other(others, old, entry["old_path"], "old main")
+        mains = other, main
+    else:
+        other = replacement.find_other(others, entry["main"], entry["main"]["path"], "new main")
+        mains = main, other
+    _check_unused(other, seen.remains, "main")
+    return mains
 
 
 def _plan_creation(
@@ -538,7 +580,13 @@ def _plan_creation(
             actions.append(Action("wipe_spare", info.path, {"content": content}))
         capacity = pool.capacity(geometry, index, ())
         actions.append(Action("format_spare", info.path, {"chunks": capacity.total}))
-        entries.append({"uuid": str(new_uuid()), "geometry": geometry.to_dict(), **_who(info)})
+        entries.append(
+            {
+                "uuid": str(new_uuid()),
+                "geometry": geometry.to_dict(),
+                **replacement.identity_of(info),
+            }
+        )
     metadata = Metadata(
         target_uuid=new_uuid(),
         generation=1,
@@ -551,12 +599,7 @@ def _plan_creation(
             "block_sectors": main.block_sectors,
             "on_error": _wanted_errors(request, seen),
             "shim": _wanted_shim(request, main),
-            "main": {
-                "sectors": main.sectors,
-                "logical_block": main.logical_block,
-                "physical_block": main.physical_block,
-                **_who(main),
-            },
+            "main": replacement.main_entry(main, main.sectors),
             "spares": entries,
         },
         health={},
@@ -620,10 +663,11 @@ def _check_spare(candidate: Candidate, main: DeviceInfo, chunk_bytes: int, wipe:
 
 def _check_main_identity(main: DeviceInfo, metadata: Metadata) -> None:
     recorded = metadata.config["main"]
-    if main.sectors != recorded["sectors"] or main.logical_block != recorded["logical_block"]:
+    sectors = replacement.device_sectors(recorded)
+    if main.sectors != sectors or main.logical_block != recorded["logical_block"]:
         raise Refused(
             f"has {main.sectors} sectors in blocks of {main.logical_block} bytes, but the "
-            f"target's main has {recorded['sectors']} in blocks of {recorded['logical_block']}",
+            f"target's main has {sectors} in blocks of {recorded['logical_block']}",
             device=main.path,
             remedy="give the target's own main",
         )
@@ -631,7 +675,7 @@ def _check_main_identity(main: DeviceInfo, metadata: Metadata) -> None:
 
 
 def _check_identity(info: DeviceInfo, recorded: Mapping[str, Any], role: str) -> None:
-    for key, mine in _who(info).items():
+    for key, mine in replacement.identity_of(info).items():
         if mine and recorded.get(key) and mine != recorded[key]:
             raise Refused(
                 f"has {key} {mine!r}, but the target's {role} has {recorded[key]!r}",
@@ -652,12 +696,6 @@ def _check_unchangeable(request: Request, metadata: Metadata) -> None:
 
 def _plan_active(request: Request, target: ActiveTarget, seen: Seen) -> Plan:
     main = _present(seen.main, request.main)
-    if target.main and main.devno != target.main.devno:
-        raise Refused(
-            f"is active with the main {target.main.path}, not {request.main}",
-            device=request.name,
-            remedy="give that main",
-        )
     wanted = {c.info.devno: c.info.path for c in seen.candidates}
     active = {s.candidate.info.devno: s.candidate.info.path for s in target.spares}
     if set(wanted) != set(active) or len(wanted) != len(request.spares):
@@ -669,7 +707,101 @@ def _plan_active(request: Request, target: ActiveTarget, seen: Seen) -> Plan:
         )
     _check_unchangeable(request, target.metadata)
     upkeep = plan_upkeep(target)
-    return _with_settings(request, target, seen, main, upkeep)
+    plan = _with_settings(request, target, seen, main, upkeep)
+    return _with_replacement(request, target, seen, main, plan)
+
+
+def _with_replacement(
+    request: Request, target: ActiveTarget, seen: Seen, main: DeviceInfo, plan: Plan
+) -> Plan:
+    """The plan that also brings the target to the main that is wanted."""
+    old, new, metadata = target.main, target.replacement, plan.metadata
+    if metadata is None or (new is None and (old is None or main.devno == old.devno)):
+        return plan
+    kind: str = REPLACE
+    wipes: tuple[Action, ...] = ()
+    if new is None:
+        new = main
+        wipes = _check_new_main(request, target, seen, new)
+    elif main.devno != new.devno:
+        if old is None or main.devno != old.devno:
+            old_path = metadata.config["replacement"]["old_path"]
+            raise Refused(
+                f"its main {old_path} is being replaced by {new.path}, not by {request.main}",
+                device=request.name,
+                remedy=f"give {new.path} to go on, or {old_path} to go back",
+            )
+        kind = UNDO
+    action, after = _replacing(kind, target.name, metadata, old, new)
+    spares = {spare.index: spare.candidate.info for spare in target.spares}
+    return replace(
+        plan,
+        actions=(*plan.actions, *wipes, action),
+        after=_state(after, spares),
+        replacement=new,
+    )
+
+
+def _check_new_main(
+    request: Request, target: ActiveTarget, seen: Seen, new: DeviceInfo
+) -> tuple[Action, ...]:
+    """Refuse what cannot replace the main; what must be erased before it does."""
+    _check_distinct(request, new, seen.candidates)
+    # What an interruption has left over either main is removed before.
+    _check_unused(new, () if target.tidy else tuple(part_names(target.name)), "main")
+    replacement.check_new_main(new, target.main, target.metadata.config)
+    if seen.new_main is None:
+        raise AssertionError("a device that is to replace the main was looked at")
+    survey = seen.new_main.survey
+    found = list(seen.new_main.signatures)
+    if not survey.empty:
+        found.append("copies of a target's metadata")
+    spared = any(copy.metadata.extents for copy in survey.copies)
+    if found and spared and not request.discard_remaps:
+        raise Refused(
+            "is a spare with remapped chunks of a target",
+            device=new.path,
+            remedy="give another disk, or wipe: true with discard_remaps: true to lose them",
+        )
+    if found and not request.wipe:
+        raise Refused(
+            f"is not empty: {', '.join(dict.fromkeys(found))}",
+            device=new.path,
+            remedy="give an empty disk, or wipe: true to erase it",
+        )
+    return (Action("wipe_main", new.path, {"content": found}),) if found else ()
+
+
+def _replacing(
+    kind: str, name: str, metadata: Metadata, old: DeviceInfo | None, new: DeviceInfo
+) -> tuple[Action, Metadata]:
+    """The action that replaces main or undoes that, and the metadata when it is done.
+
+    Chunks with lost sectors stay on their spares. Each copied piece is a generation of its own;
+    their number depends on what is found on the way, so only one is counted.
+    """
+    details = {
+        "from": old.path if old else "",
+        "to": new.path,
+        "copied": replacement.copied_sectors(metadata) * SECTOR_BYTES,
+        "total": metadata.config["main"]["sectors"] * SECTOR_BYTES,
+    }
+    config = metadata.config
+    if not replacement.under_way(metadata):
+        config = replacement.begun(config, old, new)
+    after = replace(metadata, generation=metadata.generation + 1)
+    if kind == UNDO:
+        after = replace(after, config=replacement.undone(config))
+    else:
+        lossy = extents.chunks_of(
+            [(item.sector, item.count) for item in metadata.lost],
+            config["chunk_sectors"],
+            config["main"]["sectors"],
+        )
+        chunks = [c for e in metadata.extents for c in range(e.logical, e.logical + e.length)]
+        left = extents.remove(metadata.extents, set(chunks) - set(lossy))
+        after = replace(after, config=replacement.finished(config), extents=left)
+    return Action(kind, name, details), after
 
 
 def _with_settings(
@@ -794,6 +926,13 @@ def plan_absent(
             f"has {count_of(count, 'chunk')} whose data is on its spares only",
             device=name,
             remedy="copy the data off first, or give discard_remaps: true to lose those chunks",
+        )
+    if replacement.under_way(metadata) and not discard_remaps:
+        raise Refused(
+            "has its data on two disks, because its main is being replaced",
+            device=name,
+            remedy="let the replacement go on to its end or back, or give discard_remaps: true to "
+            "lose what was copied already",
         )
     # What an interruption leaves in the kernel shows the next run which spares are to be wiped.
     wipes = [Action("wipe_metadata", info.path) for info in spares.values()]
@@ -966,12 +1105,9 @@ def _activations(name: str, spares: Mapping[int, DeviceInfo]) -> list[Action]:
     ]
 
 
-def _creation(name: str, main: DeviceInfo) -> Action:
-    return Action("create_target", f"/dev/mapper/{name}", {"main": main.path})
-
-
-def _who(info: DeviceInfo) -> dict[str, str]:
-    return {"serial": info.serial, "wwn": info.wwn, "model": info.model}
+def _creation(name: str, main: DeviceInfo, new: DeviceInfo | None = None) -> Action:
+    details = {"main": main.path, **({"new_main": new.path} if new else {})}
+    return Action("create_target", f"/dev/mapper/{name}", details)
 
 
 def _nothing() -> dict[str, Any]:
@@ -998,12 +1134,13 @@ def _state(metadata: Metadata, spares: Mapping[int, DeviceInfo]) -> dict[str, An
 
 def readable_table(metadata: Metadata, spares: Mapping[int, DeviceInfo]) -> list[str]:
     """The target's table for people: main and spares by role instead of device number."""
-    names = {"main": "main", **{f"spare{index}": f"spare{index}" for index in range(MAX_SPARES)}}
     segments = build_table(
         metadata.config["main"]["sectors"],
         metadata.config["chunk_sectors"],
         "main",
         metadata.extents,
         {index: f"spare{index}" for index in spares},
+        copied=replacement.copied_sectors(metadata),
+        new_main="new_main",
     )
-    return describe_table(segments, names)
+    return describe_table(segments, {})

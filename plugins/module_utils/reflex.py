@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from . import extents
+from . import extents, replacement
 from .engine import Disks, Engine, Moved
 from .errors import DmRemapError
 from .events import intersect_ranges
@@ -67,6 +67,8 @@ class Ward:
         alert_until: until when it is looked at often.
         strikes: how often in a row its path failed without an error that explains it.
         suspects: chunks that failed and could be read, with the time until which that counts.
+        new_disk: device number of the disk that is to replace main's; empty without one.
+        new_start: the new main's first sector there.
     """
 
     target: ActiveTarget
@@ -78,6 +80,8 @@ class Ward:
     alert_until: float = 0.0
     strikes: int = 0
     suspects: dict[int, float] = field(default_factory=dict)
+    new_disk: str = ""
+    new_start: int = 0
 
 
 @dataclass(frozen=True)
@@ -95,6 +99,27 @@ class Injury:
     writes: frozenset[int]
     flushes: bool
     others: frozenset[int]
+
+
+def on_one_main(ward: Ward, errors: Iterable[BlockError]) -> list[BlockError]:
+    """The failed requests as if all had been on main's disk (pure).
+
+    While main is being replaced, each of the two disks serves one side of the border. What is on
+    the other side has moved since it failed, and is left out.
+    """
+    metadata = ward.target.metadata
+    border, total = replacement.copied_sectors(metadata), metadata.config["main"]["sectors"]
+    found = []
+    for error in errors:
+        new = bool(ward.new_disk) and error.devno == ward.new_disk
+        start = ward.new_start if new else ward.start
+        side = (0, border) if new else (border, total - border)
+        if error.operation == FLUSH or error.errno not in _SECTOR_ERRORS:
+            found.append(error)
+            continue
+        for first, count in intersect_ranges([(error.sector - start, error.count)], side):
+            found.append(replace(error, sector=first + ward.start, count=count))
+    return found
 
 
 def injury_of(target: ActiveTarget, start: int, errors: Iterable[BlockError]) -> Injury:
@@ -254,7 +279,7 @@ class Reflex:
     def _assign(self, error: BlockError) -> bool:
         known = False
         for ward in self._wards.values():
-            if error.devno != ward.disk:
+            if error.devno not in (ward.disk, ward.new_disk):
                 continue
             known = True
             if error not in ward.errors:
@@ -298,6 +323,8 @@ class Reflex:
             return None
         disk, start = self._disk_of(target.main.devno)
         ward = Ward(target, disks, closing, disk, start, errors, suspects=suspects)
+        if target.replacement:
+            ward.new_disk, ward.new_start = self._disk_of(target.replacement.devno)
         self._wards[name] = ward
         if not (target.path.active and target.path.queueing):
             self._engine.release(target)
@@ -336,13 +363,15 @@ class Reflex:
         target = ward.target
         if target.main is None:
             raise AssertionError("a target that is looked after has a main")
+        errors = on_one_main(ward, errors)
         injury = injury_of(target, ward.start, errors)
         chunks = sorted(injury.reads | injury.writes)
         if injury.flushes:
             # The disk may have dropped what it had acknowledged, and a second flush would not tell.
             self._engine.fail_held(target)
             self._report(ward, "flush_failed", errors)
-        if self._state_of(target.main.devno) is not DeviceState.LIVE:
+        mains = [info for info in (target.main, target.replacement) if info]
+        if any(self._state_of(info.devno) is not DeviceState.LIVE for info in mains):
             # It may come back, and else the kernel's fail-safe ends the wait.
             self._report(ward, "device_lost", errors)
             return

@@ -9,7 +9,7 @@ import json
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-from . import pool
+from . import pool, replacement
 from .extents import merge_sectors
 from .format import geometry_of
 from .planner import SECTOR_BYTES, ActiveTarget, Plan, readable_table, shim_of, warnings_of
@@ -38,7 +38,9 @@ def describe_target(target: ActiveTarget) -> dict[str, Any]:
             "path": target.main.path if target.main else None,
             "devno": target.main.devno if target.main else None,
             **config["main"],
+            "device_sectors": replacement.device_sectors(config["main"]),
         },
+        "replacing": _describe_replacement(target),
         "spares": [_describe_spare(target, spare.index) for spare in target.spares],
         "remapped_chunks": sum(extent.length for extent in metadata.extents),
         "extents": [asdict(extent) for extent in metadata.extents],
@@ -46,6 +48,21 @@ def describe_target(target: ActiveTarget) -> dict[str, Any]:
         "interrupted": target.frozen is not None,
         "table": readable_table(metadata, spares),
         "warnings": list(warnings_of(target.choice)),
+    }
+
+
+def _describe_replacement(target: ActiveTarget) -> dict[str, Any] | None:
+    if target.replacement is None:
+        return None
+    metadata = target.metadata
+    total = metadata.config["main"]["sectors"]
+    copied = replacement.copied_sectors(metadata)
+    return {
+        "path": target.replacement.path,
+        "devno": target.replacement.devno,
+        "copied": copied * SECTOR_BYTES,
+        "total": total * SECTOR_BYTES,
+        "percent": round(100 * copied / total, 1),
     }
 
 

@@ -34,6 +34,12 @@ options:
   main:
     description:
       - The device to protect, a disk, partition or logical volume that nothing uses.
+      - If an active target has another main, the target is copied to this device while it is in
+        use, and then the old main is free. The device must be at least as large as the target,
+        have its logical block size, and be empty. The target keeps its size.
+      - A copy that was interrupted goes on where it was. If the old main is given again before the
+        copy has ended, the target goes back to it with all that was written meanwhile. Both disks
+        are needed until then.
       - Required with O(state=present).
     type: path
   spares:
@@ -73,9 +79,17 @@ options:
       - A new target gets V(none) if this is not given.
     type: str
     choices: [none, raid, auto]
+  copy_rate:
+    description:
+      - How fast the target is copied to another O(main) at most, in bytes per second, such as
+        V(50M).
+      - V(0) sets no limit.
+    type: str
+    default: "0"
   wipe:
     description:
-      - Allow spares that hold a filesystem, a partition table or anything else, which is erased.
+      - Allow spares, or a new O(main) of an active target, that hold a filesystem, a partition
+        table or anything else, which is erased.
       - Remapped chunks of a target are not erased by this alone. If they are this target's own, the
         target is activated with them; if they are another's, the spare is refused.
     type: bool
@@ -83,13 +97,14 @@ options:
   discard_remaps:
     description:
       - With O(state=absent), remove the target although some of its data is on the spares only.
-        That data is lost.
+        That data is lost, and so is what was copied to a new main already.
       - With O(wipe=true), erase spares although remapped chunks of a target are on them.
     type: bool
     default: false
   state:
     description:
-      - V(present) creates the target, activates it, or repairs what an interruption left.
+      - V(present) creates the target, activates it, repairs what an interruption left, or copies
+        it to another main.
       - V(absent) removes the target and every copy of its metadata from its spares.
     type: str
     choices: [present, absent]
@@ -136,6 +151,17 @@ EXAMPLES = r"""
     shim: auto
   diff: true
 
+- name: Replace the main while the target is in use; afterwards the old disk can be taken out
+  dm_remap.storage.target:
+    name: data
+    main: /dev/disk/by-id/ata-EXAMPLE_NEW_MAIN
+    spares:
+      - /dev/disk/by-id/ata-EXAMPLE_SPARE_1
+      - /dev/disk/by-id/ata-EXAMPLE_SPARE_2
+    copy_rate: 50M
+  async: 864000
+  poll: 60
+
 - name: Remove a target that has no remaps; the main is as it was
   dm_remap.storage.target:
     name: data
@@ -173,7 +199,16 @@ from ansible.module_utils.common.text.formatters import human_to_bytes
 
 from ..module_utils.engine import Engine
 from ..module_utils.errors import DmRemapError, Refused
-from ..module_utils.planner import Plan, Request, Seen, plan_absent, plan_present
+from ..module_utils.planner import (
+    REPLACE,
+    UNDO,
+    Plan,
+    Request,
+    Seen,
+    plan_absent,
+    plan_present,
+)
+from ..module_utils.replacing import Pace
 from ..module_utils.report import describe_target, diff_of
 
 
@@ -187,6 +222,7 @@ def main() -> None:
             "chunk_size": {"type": "str"},
             "on_error": {"type": "str", "choices": ["hold", "fail"]},
             "shim": {"type": "str", "choices": ["none", "raid", "auto"]},
+            "copy_rate": {"type": "str", "default": "0"},
             "wipe": {"type": "bool", "default": False},
             "discard_remaps": {"type": "bool", "default": False},
             "state": {"type": "str", "choices": ["present", "absent"], "default": "present"},
@@ -203,6 +239,7 @@ def main() -> None:
 def run(module: AnsibleModule) -> None:
     """Carry the task out and end the module with its result."""
     name = module.params["name"]
+    pace = pace_from(module)
     engine = Engine(guard=True)
     engine.check_host()
     # Two tasks at once could give one spare to two targets.
@@ -215,6 +252,12 @@ def run(module: AnsibleModule) -> None:
         if not module.check_mode:
             engine.apply(plan)
         target = engine.observe(name)
+    kinds = [action.kind for action in plan.actions]
+    if not module.check_mode and (REPLACE in kinds or UNDO in kinds):
+        # A copy takes hours, and locks the target in steps only.
+        engine.replace_main(name, undo=UNDO in kinds, pace=pace)
+        with engine.locked(name):
+            target = engine.observe(name)
     for warning in plan.warnings:
         module.warn(warning)
     module.exit_json(
@@ -223,6 +266,19 @@ def run(module: AnsibleModule) -> None:
         diff=diff_of(plan),
         target=describe_target(target) if target else {},
     )
+
+
+def pace_from(module: AnsibleModule) -> Pace:
+    """How fast to copy."""
+    rate = module.params["copy_rate"]
+    try:
+        return Pace(rate=human_to_bytes(rate))
+    except (ValueError, OverflowError) as error:
+        raise Refused(
+            f"copy_rate {rate!r} is not a number of bytes",
+            device=module.params["name"],
+            remedy="use a number such as 50M, or 0 for no limit",
+        ) from error
 
 
 def request_from(module: AnsibleModule) -> Request:

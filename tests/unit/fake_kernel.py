@@ -35,7 +35,7 @@ import copy
 import errno
 import os
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Union
 
@@ -1163,6 +1163,10 @@ class Blocks:
     def node_of(self, devno: str) -> str:
         device = self._process.look().find(devno)
         return device.path if isinstance(device, Disk) else f"/dev/dm-{device.minor}"
+
+    def nodes_of_size(self, sizes: Collection[int]) -> list[str]:
+        disks = self._process.look().disks.values()
+        return [disk.path for disk in disks if disk.sectors in sizes]
 
     def signatures(self, path: str) -> list[str]:
         kernel = self._process.look()

@@ -16,7 +16,8 @@ from dm_remap.engine import RemappedChunk, RemapReport
 from dm_remap.format import Extent, LostRange
 from dm_remap.planner import Plan
 from dm_remap.report import describe_remap, describe_target
-from tests.unit.test_planner import active, created
+from tests.unit.test_planner import created
+from tests.unit.test_replacement import half, under_way
 
 ROOT = Path(__file__).resolve().parents[2]
 MODULES = sorted(path.stem for path in (ROOT / "plugins" / "modules").glob("[!_]*.py"))
@@ -54,7 +55,7 @@ def test_every_key_of_a_target_is_documented() -> None:
     # It stands in place of the others.
     del documented["error"]
     metadata = created(Extent(3, 2, 0, 0), lost=(LostRange(390, 2),))
-    check_keys(documented, describe_target(active(metadata)), "targets")
+    check_keys(documented, describe_target(under_way(half(metadata))), "targets")
 
 
 def test_every_key_of_a_remap_is_documented() -> None:

@@ -30,8 +30,8 @@ NO_DEVICES = "No devices found\nNo devices found\n"
 
 # What the module info returns of a target.
 DOCUMENTED = set(
-    """name device devno uuid generation sectors chunk_size on_error main spares remapped_chunks
-    extents lost interrupted table warnings""".split()
+    """name device devno uuid generation sectors chunk_size on_error shim holding main replacing
+    spares remapped_chunks extents lost interrupted table warnings""".split()
 )
 DOCUMENTED_OF_SPARES = set(
     """index path devno uuid serial wwn model chunks free_chunks copies_damaged stale""".split()

@@ -100,5 +100,6 @@ def walk(name: str, filesystem: str, chunks: list[int]) -> dict[str, Any]:
     }
 
 
-given = arguments()
-answer(walk(given["name"], given["filesystem"], given["chunks"]))
+if __name__ == "__main__":
+    given = arguments()
+    answer(walk(given["name"], given["filesystem"], given["chunks"]))

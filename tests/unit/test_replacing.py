@@ -1,0 +1,303 @@
+# Copyright: dm_remap.storage contributors
+# GNU General Public License v3.0+ (see LICENSES/GPL-3.0-or-later.txt or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""Replacing the main on a kernel in memory: every crash point, and what is found on the way."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import random
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from dm_remap import copies, replacement, stack
+from dm_remap import engine as engine_module
+from dm_remap.engine import Engine
+from dm_remap.planner import REPLACE, UNDO, plan_present
+from dm_remap.replacing import Pace, Result
+from tests.unit.fake_kernel import (
+    SECTOR,
+    Blocked,
+    Killed,
+    Process,
+    Volatile,
+)
+from tests.unit.test_engine import (
+    CHUNK,
+    NAME,
+    QUICK,
+    Crash,
+    Scene,
+    content,
+    create_held,
+    make_scene,
+    record,
+)
+
+# Windows of 4 chunks: two whole ones and one that ends in the short last chunk.
+WINDOW = Pace(window=4 * CHUNK * SECTOR)
+SECTORS = 10 * CHUNK + 5
+NEW = "/dev/new"
+OLD = "/dev/main"
+# Remapped before: readable, with lost sectors, with a lost sector that was written since.
+HEALTHY, LOSSY, REWRITTEN = 1, 2, 6
+# Found on the way: a sector that cannot be read, and one that can be after some tries.
+BAD, WEAK = 5, 9
+
+
+@pytest.fixture(autouse=True)
+def memory_stays_unlocked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Do not lock the memory of the process that runs the tests, nor change its priority."""
+    monkeypatch.setattr(engine_module, "_lock_memory", lambda: None)
+    monkeypatch.setattr("dm_remap.replacing.blockdev.idle_priority", contextlib.nullcontext)
+
+
+def toward(scene: Scene, main: str) -> Scene:
+    return replace(scene, request=replace(scene.request, main=main))
+
+
+def change_main(
+    scene: Scene, main: str, engine: Engine | None = None, pace: Pace = WINDOW, wipe: bool = False
+) -> tuple[list[str], Result | None]:
+    """What the module does: begin under the lock, and carry on without it."""
+    used = engine or scene.engine()
+    request = replace(scene.request, main=main, wipe=wipe)
+    with used.locked(NAME):
+        plan = plan_present(request, used.see(NAME, main, request.spares))
+        used.apply(plan)
+    kinds = [action.kind for action in plan.actions]
+    result = None
+    if REPLACE in kinds or UNDO in kinds:
+        result = used.replace_main(NAME, UNDO in kinds, pace, QUICK)
+    return kinds, result
+
+
+def damaged(folder: Path, on_error: str = "fail", spares: int = 1, block: int = 1) -> Scene:
+    """A target with remaps of every kind, whose main has more bad sectors."""
+    scene = make_scene(folder, spares, block, sectors=SECTORS, on_error=on_error)
+    scene.kernel.add_disk("new", SECTORS // block * block, block)
+    create_held(scene)
+    scene.spoil(LOSSY * CHUNK, REWRITTEN * CHUNK)
+    scene.remap((HEALTHY * CHUNK, CHUNK))
+    scene.remap((LOSSY * CHUNK, CHUNK), (REWRITTEN * CHUNK, CHUNK))
+    scene.app.write(scene.kernel, REWRITTEN * CHUNK)
+    scene.app.flush(scene.kernel)
+    scene.spoil(BAD * CHUNK + (1 if block == 1 else 0))
+    scene.spoil(WEAK * CHUNK, failures=4)
+    return scene
+
+
+def check_done(scene: Scene, power_cut: bool = False, why: str = "") -> None:
+    """All is on the main that is wanted and on spares, and nothing of the other is in use."""
+    kernel = scene.kernel
+    # A sector that answers after some tries may still be on the old main.
+    bad = kernel.disks[OLD].bad
+    for sector in [sector for sector, failures in bad.items() if failures is not None]:
+        bad[sector] = 0
+    scene.check(power_cut, why)
+    for path in {OLD, NEW} - {scene.request.main}:
+        assert kernel.users(kernel.disks[path].devno) == [], (path, why)
+    assert kernel.mapped.get(stack.new_main_name(NAME)) is None, why
+    target = scene.engine().require(NAME)
+    assert not replacement.under_way(target.metadata), why
+    assert target.main is not None, why
+    assert target.main.path == scene.request.main, why
+    assert target.metadata.config["main"]["serial"] == scene.main.serial, why
+    assert not any(device.regions for device in kernel.mapped.values()), why
+
+
+# Life of a replacement
+
+
+@pytest.mark.parametrize("block", [1, 8])
+@pytest.mark.parametrize("on_error", ["fail", "hold"])
+def test_a_replacement_ends_with_a_healed_target(tmp_path: Path, on_error: str, block: int) -> None:
+    scene = damaged(tmp_path, on_error, block=block)
+    before = dict(scene.main.content)
+    kinds, result = change_main(scene, NEW)
+    assert kinds == [REPLACE]
+    assert result is not None
+    assert result.healed == [BAD]
+    after = toward(scene, NEW)
+    check_done(after)
+    extents = after.engine().require(NAME).metadata.extents
+    assert sorted(e.logical for e in extents) == [LOSSY, BAD], "only what is lost stays on spares"
+    assert scene.kernel.disks[OLD].content == before, "nothing was written to the old main"
+    assert change_main(scene, NEW) == ([], None)
+    # The old disk is free: whatever becomes of it does not matter.
+    scene.kernel.disks[OLD].dead = True
+    after.check()
+
+
+def test_a_written_lost_sector_is_no_reason_to_stay_on_a_spare(tmp_path: Path) -> None:
+    scene = damaged(tmp_path)
+    change_main(scene, NEW)
+    lost = toward(scene, NEW).engine().require(NAME).metadata.lost
+    assert [(item.sector, item.count) for item in lost] == [
+        (LOSSY * CHUNK, 1),
+        (BAD * CHUNK + 1, 1),
+    ]
+
+
+def test_a_larger_main_is_used_in_part(tmp_path: Path) -> None:
+    scene = make_scene(tmp_path, sectors=SECTORS)
+    scene.kernel.add_disk("new", SECTORS + 64)
+    scene.create()
+    change_main(scene, NEW)
+    after = toward(scene, NEW)
+    assert sum(s.length for s in after.engine().require(NAME).table) == SECTORS
+    after.app.flush(after.kernel)
+    after.kernel.cut_power([])
+    assert after.create() == ["activate_spare", "create_target"]
+    assert [after.read(sector) for sector in range(SECTORS)] == [content(s) for s in range(SECTORS)]
+    assert not after.plan().actions
+
+
+def test_nothing_moves_twice_without_writes(tmp_path: Path) -> None:
+    scene = make_scene(tmp_path, sectors=SECTORS)
+    scene.kernel.add_disk("new", SECTORS)
+    scene.create()
+    _kinds, result = change_main(scene, NEW)
+    assert result is not None
+    assert (result.copied, result.windows) == (SECTORS * SECTOR, 3)
+
+
+@pytest.mark.parametrize("on_error", ["fail", "hold"])
+@pytest.mark.parametrize("done", [0, 1, 2, 3])
+def test_a_replacement_can_be_undone_at_any_window(
+    tmp_path: Path, done: int, on_error: str
+) -> None:
+    scene = damaged(tmp_path, on_error)
+    interrupt(scene, NEW, "window_committed", done)
+    for sector in range(0, SECTORS, 3):
+        scene.app.write(scene.kernel, sector)
+    kinds, _result = change_main(scene, OLD)
+    assert kinds[-1:] == [UNDO]
+    check_done(scene)
+
+
+def test_an_undone_replacement_does_not_trust_bad_sectors(tmp_path: Path) -> None:
+    """A chunk that was healed by the copy goes to a spare where the old disk is still bad."""
+    scene = damaged(tmp_path)
+    interrupt(scene, NEW, "window_committed", 3)
+    old = scene.kernel.disks[OLD]
+    old.heals = False
+    old.unwritable = {3 * CHUNK + 2}
+    old.spoil([4 * CHUNK + 1])
+    _kinds, result = change_main(scene, OLD)
+    assert result is not None
+    assert {3, 4} <= set(result.healed)
+    check_done(scene)
+
+
+def interrupt(scene: Scene, main: str, step: str, times: int) -> None:
+    """Kill a replacement after the step was met so often; at its beginning for 0."""
+    process = Process(scene.kernel)
+    met = itertools.count(1)
+
+    def on_step(name: str) -> None:
+        if (times == 0 and name == REPLACE) or (name == step and next(met) == times):
+            process.kill()
+
+    with pytest.raises(Killed):
+        change_main(scene, main, scene.engine(process, on_step))
+
+
+# Crashes
+
+
+def busy(scene: Scene) -> Callable[[str], None]:
+    """An application that writes at every step, and flushes now and then."""
+    turn = itertools.count()
+
+    def on_step(name: str) -> None:
+        number = next(turn)
+        for sector in (number * 7 % SECTORS, number * 11 % SECTORS, LOSSY * CHUNK + 3):
+            scene.app.write(scene.kernel, sector)
+        # Flushes pass a freeze.
+        if number % 5 == 0:
+            with contextlib.suppress(Blocked):
+                scene.app.flush(scene.kernel)
+
+    return on_step
+
+
+def few_survivals(writes: Sequence[Volatile], seed: str) -> Iterator[list[Volatile]]:
+    """None, all, and some at random."""
+    chance = random.Random(seed)
+    yield []
+    if writes:
+        yield list(writes)
+        yield [item for item in writes if chance.random() < 0.5]
+
+
+def only_main(scene: Scene) -> str | None:
+    """The main that the metadata on the spares names, or None where it names two."""
+    blocks = Process(scene.kernel).blocks
+    surveys = {}
+    for path in scene.request.spares:
+        with blocks.BlockDevice(path) as device:
+            surveys[path] = copies.survey(device)
+    metadata = copies.choose(surveys).metadata
+    if replacement.under_way(metadata):
+        return None
+    return OLD if metadata.config["main"]["serial"] == scene.kernel.disks[OLD].serial else NEW
+
+
+def check_crash(scene: Scene, crash: Crash, main: str, survivors: list[Volatile] | None) -> None:
+    why = f"{crash.label}, then {main}"
+    again = toward(scene.at(crash.kernel.clone(), crash.app.clone()), main)
+    if survivors is not None:
+        again.kernel.cut_power(survivors)
+        again.app.waiting.clear()
+        # Where no replacement is under way, only the target's own main can activate it.
+        again = toward(again, only_main(again) or main)
+        main = again.request.main
+    with again.engine().healing():
+        change_main(again, main)
+    check_done(again, survivors is not None, why)
+
+
+@pytest.mark.parametrize("on_error", ["fail", "hold"])
+@pytest.mark.parametrize("undo", [False, True], ids=["replacing", "undoing"])
+def test_a_process_killed_anywhere_in_a_replacement(
+    tmp_path: Path, on_error: str, undo: bool
+) -> None:
+    scene, crashes = crashes_of(tmp_path, on_error, undo)
+    for number, crash in enumerate(crashes):
+        check_crash(scene, crash, (NEW, OLD)[number % 2], None)
+
+
+@pytest.mark.parametrize("on_error", ["fail", "hold"])
+@pytest.mark.parametrize("undo", [False, True], ids=["replacing", "undoing"])
+def test_a_power_cut_anywhere_in_a_replacement(tmp_path: Path, on_error: str, undo: bool) -> None:
+    scene, crashes = crashes_of(tmp_path, on_error, undo)
+    # All else but the disks is gone after a power cut.
+    cuts = [now for before, now in zip([None, *crashes], crashes) if not same_disks(before, now)]
+    assert len(cuts) > 80
+    for number, crash in enumerate(cuts):
+        for turn, survivors in enumerate(few_survivals(crash.kernel.volatile(), crash.label)):
+            check_crash(scene, crash, (NEW, OLD)[(number + turn) % 2], survivors)
+
+
+def same_disks(before: Crash | None, now: Crash) -> bool:
+    if before is None or before.app.durable != now.app.durable:
+        return False
+    was, now_is = before.kernel, now.kernel
+    return was.disks == now_is.disks and was.volatile() == now_is.volatile()
+
+
+def crashes_of(folder: Path, on_error: str, undo: bool) -> tuple[Scene, list[Crash]]:
+    """A busy replacement, or its undoing when all but the last commit was done."""
+    scene = damaged(folder, on_error)
+    if undo:
+        interrupt(scene, NEW, "window_committed", 3)
+    crashes = record(
+        scene, lambda engine: change_main(scene, OLD if undo else NEW, engine), busy(scene)
+    )
+    assert len(crashes) > 150
+    return scene, crashes
