@@ -80,14 +80,14 @@ class Result:
         copied: bytes that were copied, those twice that were written meanwhile.
         windows: windows that moved.
         healed: chunks that went to a spare because some of them cannot be read, or written back.
-        longest_pause: seconds that I/O to a window had to wait at most.
+        pauses: seconds that I/O to each window had to wait.
         seconds: all of it.
     """
 
     copied: int = 0
     windows: int = 0
     healed: list[int] = field(default_factory=list)
-    longest_pause: float = 0.0
+    pauses: list[float] = field(default_factory=list)
     seconds: float = 0.0
 
 
@@ -531,7 +531,7 @@ class Replacing:
                 # Only the metadata on the spares can say now where the chunks are.
                 self._tools.end_freeze(name)
                 raise
-            self._result.longest_pause = max(self._result.longest_pause, self._clock() - begun)
+            self._result.pauses.append(self._clock() - begun)
             self._tools.freezer.park(target)
         if new is not now:
             self._result.windows += 1

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import itertools
 import random
 from collections.abc import Callable, Iterator, Sequence
@@ -17,14 +18,20 @@ import pytest
 from dm_remap import copies, replacement, stack
 from dm_remap import engine as engine_module
 from dm_remap.engine import Engine
+from dm_remap.errors import DmRemapError, Refused
+from dm_remap.format import geometry_of
+from dm_remap.freezing import Freezer
 from dm_remap.planner import REPLACE, UNDO, plan_present
-from dm_remap.replacing import Pace, Result
+from dm_remap.reflex import Ward, on_one_main
+from dm_remap.replacing import Pace, Replacing, Result, Tools
+from dm_remap.tracing import BlockError
 from tests.unit.fake_kernel import (
     SECTOR,
     Blocked,
     Killed,
     Process,
     Volatile,
+    below,
 )
 from tests.unit.test_engine import (
     CHUNK,
@@ -37,6 +44,7 @@ from tests.unit.test_engine import (
     make_scene,
     record,
 )
+from tests.unit.test_replacement import half, under_way
 
 # Windows of 4 chunks: two whole ones and one that ends in the short last chunk.
 WINDOW = Pace(window=4 * CHUNK * SECTOR)
@@ -76,9 +84,10 @@ def change_main(
     return kinds, result
 
 
-def damaged(folder: Path, on_error: str = "fail", spares: int = 1, block: int = 1) -> Scene:
+def damaged(folder: Path, on_error: str = "fail", block: int = 1, shim: str = "none") -> Scene:
     """A target with remaps of every kind, whose main has more bad sectors."""
-    scene = make_scene(folder, spares, block, sectors=SECTORS, on_error=on_error)
+    scene = make_scene(folder, 1, block, sectors=SECTORS, on_error=on_error)
+    scene.request = replace(scene.request, shim=shim)
     scene.kernel.add_disk("new", SECTORS // block * block, block)
     create_held(scene)
     scene.spoil(LOSSY * CHUNK, REWRITTEN * CHUNK)
@@ -262,20 +271,32 @@ def check_crash(scene: Scene, crash: Crash, main: str, survivors: list[Volatile]
     check_done(again, survivors is not None, why)
 
 
-@pytest.mark.parametrize("on_error", ["fail", "hold"])
-@pytest.mark.parametrize("undo", [False, True], ids=["replacing", "undoing"])
+CRASHING = pytest.mark.parametrize(
+    ("on_error", "shim", "undo"),
+    [
+        ("fail", "none", False),
+        ("fail", "none", True),
+        ("hold", "none", False),
+        ("hold", "raid", False),
+        ("hold", "raid", True),
+    ],
+)
+
+
+@CRASHING
 def test_a_process_killed_anywhere_in_a_replacement(
-    tmp_path: Path, on_error: str, undo: bool
+    tmp_path: Path, on_error: str, shim: str, undo: bool
 ) -> None:
-    scene, crashes = crashes_of(tmp_path, on_error, undo)
+    scene, crashes = crashes_of(tmp_path, on_error, shim, undo)
     for number, crash in enumerate(crashes):
         check_crash(scene, crash, (NEW, OLD)[number % 2], None)
 
 
-@pytest.mark.parametrize("on_error", ["fail", "hold"])
-@pytest.mark.parametrize("undo", [False, True], ids=["replacing", "undoing"])
-def test_a_power_cut_anywhere_in_a_replacement(tmp_path: Path, on_error: str, undo: bool) -> None:
-    scene, crashes = crashes_of(tmp_path, on_error, undo)
+@CRASHING
+def test_a_power_cut_anywhere_in_a_replacement(
+    tmp_path: Path, on_error: str, shim: str, undo: bool
+) -> None:
+    scene, crashes = crashes_of(tmp_path, on_error, shim, undo)
     # All else but the disks is gone after a power cut.
     cuts = [now for before, now in zip([None, *crashes], crashes) if not same_disks(before, now)]
     assert len(cuts) > 80
@@ -291,9 +312,9 @@ def same_disks(before: Crash | None, now: Crash) -> bool:
     return was.disks == now_is.disks and was.volatile() == now_is.volatile()
 
 
-def crashes_of(folder: Path, on_error: str, undo: bool) -> tuple[Scene, list[Crash]]:
+def crashes_of(folder: Path, on_error: str, shim: str, undo: bool) -> tuple[Scene, list[Crash]]:
     """A busy replacement, or its undoing when all but the last commit was done."""
-    scene = damaged(folder, on_error)
+    scene = damaged(folder, on_error, shim=shim)
     if undo:
         interrupt(scene, NEW, "window_committed", 3)
     crashes = record(
@@ -301,3 +322,155 @@ def crashes_of(folder: Path, on_error: str, undo: bool) -> tuple[Scene, list[Cra
     )
     assert len(crashes) > 150
     return scene, crashes
+
+
+# Others at work meanwhile
+
+
+@pytest.mark.parametrize("sector", [3 * CHUNK + 1, LOSSY * CHUNK, WEAK * CHUNK + 2])
+@pytest.mark.parametrize("times", [1, 2, 3])
+def test_a_chunk_may_be_healed_while_its_window_is_copied(
+    tmp_path: Path, sector: int, times: int
+) -> None:
+    """As the daemon does, which gets the lock between two windows and while one is copied."""
+    scene = damaged(tmp_path)
+    met = itertools.count(1)
+
+    def on_step(name: str) -> None:
+        if name == "window_copied" and next(met) == times:
+            scene.app.write(scene.kernel, sector)
+            scene.remap((sector, 1))
+
+    change_main(scene, NEW, scene.engine(step=on_step))
+    check_done(toward(scene, NEW))
+
+
+@pytest.mark.parametrize("lost", [False, True])
+def test_a_chunk_on_the_new_main_goes_to_a_spare_from_there(tmp_path: Path, lost: bool) -> None:
+    scene = damaged(tmp_path)
+    interrupt(scene, NEW, "thawed", 1)
+    scene.app.write(scene.kernel, 3 * CHUNK)
+    sector = 3 * CHUNK + 2
+    if lost:
+        scene.kernel.disks[NEW].spoil([sector])
+        scene.app.versions[sector] = [None]
+    assert scene.remap((sector, 1)).lost == ([(sector, 1)] if lost else [])
+    assert scene.read(3 * CHUNK) == content(3 * CHUNK, 1)
+    change_main(scene, NEW)
+    after = toward(scene, NEW)
+    check_done(after)
+    # Its window is past, so it stays where it is.
+    assert 3 in [extent.logical for extent in after.engine().require(NAME).metadata.extents]
+
+
+def test_the_copy_lets_the_lock_go_between_its_steps(tmp_path: Path) -> None:
+    scene = damaged(tmp_path)
+    free = set()
+
+    def on_step(name: str) -> None:
+        with scene.engine().try_locked(NAME) as locked:
+            if locked:
+                free.add(name)
+
+    change_main(scene, NEW, scene.engine(step=on_step))
+    assert {"window_copied", "window_copied_again"} == free
+
+
+def test_a_new_main_that_fails_is_named_and_can_be_left(tmp_path: Path) -> None:
+    scene = damaged(tmp_path)
+    new = scene.kernel.disks[NEW]
+    new.unwritable = {4 * CHUNK}
+    with pytest.raises(DmRemapError, match="cannot be written") as caught:
+        change_main(scene, NEW)
+    assert caught.value.device == NEW
+    change_main(scene, OLD)
+    check_done(scene)
+
+
+def test_a_new_main_that_cannot_be_flushed_gets_no_commit(tmp_path: Path) -> None:
+    scene = damaged(tmp_path)
+    scene.kernel.disks[NEW].flush_fails = True
+    with pytest.raises(DmRemapError, match="cannot be written"):
+        change_main(scene, NEW)
+    assert replacement.copied_chunks(scene.engine().require(NAME).metadata) == 0
+    scene.kernel.disks[NEW].flush_fails = False
+    change_main(scene, OLD)
+    check_done(scene)
+
+
+def test_a_full_spare_stops_the_copy_with_its_name(tmp_path: Path) -> None:
+    scene = damaged(tmp_path)
+    geometry = geometry_of(scene.engine().require(NAME).metadata, 0)
+    scene.spares[0].unwritable = set(range(geometry.data_start, geometry.far_middle))
+    with pytest.raises(DmRemapError) as caught:
+        change_main(scene, NEW)
+    assert caught.value.device == scene.spares[0].path
+    scene.spares[0].unwritable = set()
+    change_main(scene, NEW)
+    check_done(toward(scene, NEW))
+
+
+def test_the_shim_moves_to_the_new_main(tmp_path: Path) -> None:
+    scene = damaged(tmp_path, "hold", shim="raid")
+    change_main(scene, NEW)
+    check_done(toward(scene, NEW))
+    new = scene.kernel.disks[NEW].devno
+    assert below(scene.kernel.mapped[stack.shim_name(NAME)].live.segments) == [new]
+
+
+def test_the_copy_keeps_to_its_rate(tmp_path: Path) -> None:
+    scene = make_scene(tmp_path, sectors=SECTORS)
+    scene.kernel.add_disk("new", SECTORS)
+    scene.create()
+    engine = scene.engine()
+    with engine.locked(NAME):
+        request = replace(scene.request, main=NEW)
+        engine.apply(plan_present(request, engine.see(NAME, NEW, request.spares)))
+    now = [0.0]
+
+    def pause(seconds: float) -> None:
+        now[0] += seconds
+
+    told: list[str] = []
+    mapper = Process(scene.kernel).mapper
+    tools = Tools(
+        mapper,
+        Freezer(mapper, lambda name: None),
+        lambda name: contextlib.nullcontext(),
+        lambda name: None,
+    )
+    pace = replace(WINDOW, rate=4 * SECTOR)
+    copying = Replacing(
+        engine, tools, lambda name: None, told.append, pace, QUICK, lambda: now[0], pause
+    )
+    result = copying.run(NAME, undo=False)
+    assert result.seconds == pytest.approx(SECTORS / 4)
+    assert told[0].startswith(f"copied {4 * CHUNK * SECTOR} of {SECTORS * SECTOR} bytes")
+    assert told[0].endswith("13 s left")
+    check_done(toward(scene, NEW))
+
+
+@pytest.mark.parametrize("pace", [{"rate": -1}, {"window": 0}])
+def test_an_impossible_pace_is_refused(pace: dict[str, int]) -> None:
+    with pytest.raises(Refused):
+        Pace(**pace)
+
+
+def test_errors_count_on_the_disk_that_serves_the_sector_now() -> None:
+    target = under_way(half(copied=8))
+    ward = Ward(target, None, contextlib.ExitStack(), "8:0", 2048, new_disk="8:64", new_start=64)
+    border = 8 * 128
+
+    def error(devno: str, sector: int, count: int, operation: str = "read") -> BlockError:
+        return BlockError(True, devno, operation, sector, count, errno.EIO, False)
+
+    seen = [
+        error("8:0", 2048 + border - 8, 16),
+        error("8:64", 64 + border - 8, 16, "write"),
+        error("8:0", 2048, 8),
+        error("8:64", 64 + border, 8),
+        error("8:64", 0, 0, "flush"),
+    ]
+    found = [(e.operation, e.sector - ward.start, e.count) for e in on_one_main(ward, seen[:4])]
+    assert found == [("read", border, 8), ("write", border - 8, 8)]
+    assert on_one_main(ward, seen[4:]) == seen[4:]

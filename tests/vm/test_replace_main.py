@@ -5,13 +5,17 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from tests.lab import Disk, Machine
-from tests.vm.guest import Guest
+from tests.vm.guest import ROOT, Guest
+from tests.vm.playing import ModuleRunner, Player, Step, lay_out_collection
 
 NAME = "guarded"
 CHUNK_SECTORS = 128
@@ -51,7 +55,63 @@ def test_a_main_is_replaced_under_a_verifying_load(lab: Machine, on_error: str) 
     assert told["replacing"] is None
     assert [extent["logical"] for extent in told["extents"]] == [BAD_SECTOR // CHUNK_SECTORS]
     assert told["lost"] == [{"start": BAD_SECTOR, "count": 1}]
-    print(on_error, {key: value for key, value in done["result"].items() if key != "healed"})
+    result = done["result"]
+    pauses = sorted(result["pauses"])
+    print(
+        f"{on_error}: {result['copied'] >> 20} MiB in {result['seconds']:.0f} s, pauses of "
+        f"{pauses[len(pauses) // 2]:.3f} s median, {pauses[-1]:.3f} s at most"
+    )
+
+
+def documented_example() -> dict[str, Any]:
+    """The arguments of the task in docs/replace-main.md."""
+    text = (ROOT / "docs" / "replace-main.md").read_text()
+    (task,) = yaml.safe_load(text.partition("```yaml\n")[2].partition("```")[0])
+    return dict(task["dm_remap.storage.target"])
+
+
+def test_the_documented_example_and_the_playbook(lab: Machine, tmp_path: Path) -> None:
+    old, new, third = (lab.disk(name) for name in ("main", "scsi", "spare2"))
+    content = os.urandom(8 * CHUNK_SECTORS * 512)
+    old.write(CHUNK_SECTORS, content)
+    spares = [lab.disk("spare").path]
+    name = documented_example()["name"]
+    created = {"name": name, "main": old.path, "spares": spares, "on_error": "fail"}
+    example = {**documented_example(), "main": new.path, "spares": spares}
+    done = ModuleRunner(lab).run(
+        Step("create", "target", created),
+        Step("check", "target", example, check=True),
+        Step("replace", "target", example),
+        Step("again", "target", example),
+        Step("info", "info", {"name": name}),
+        Step("back", "target", created),
+    )
+    action = {
+        "action": "replace_main",
+        "device": name,
+        "from": old.path,
+        "to": new.path,
+        "copied": 0,
+        "total": 64 << 20,
+    }
+    assert done["check"]["actions"] == done["replace"]["actions"] == [action]
+    assert done["check"]["target"]["main"]["devno"] != done["replace"]["target"]["main"]["devno"]
+    assert done["replace"]["changed"]
+    assert done["again"]["actions"] == []
+    assert done["info"]["targets"][0]["replacing"] is None
+    assert done["info"]["targets"][0]["main"] == done["replace"]["target"]["main"]
+    assert done["back"]["actions"] == [{**action, "from": new.path, "to": old.path}]
+    lay_out_collection()
+    told = Player(lab, tmp_path).play(
+        "dm_remap.storage.replace_main",
+        replace_host="guest",
+        replace_target=name,
+        replace_main=third.path,
+        replace_poll=2,
+    )
+    assert "is not used any more" in told
+    assert third.read(CHUNK_SECTORS, 8 * CHUNK_SECTORS) == content
+    assert lab.run(f"ls /sys/class/block/$(basename $(realpath {old.path}))/holders").stdout == ""
 
 
 # Power cuts
