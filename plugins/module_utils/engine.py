@@ -350,6 +350,27 @@ class Engine:
             yield
 
     @contextlib.contextmanager
+    def copying(self, name: str) -> Iterator[None]:
+        """Show that this process copies target ``name`` to another main while the block runs.
+
+        Two of them would overwrite what applications have written to the new main with what one of
+        them had read before.
+
+        Raises:
+            Refused: another process does.
+        """
+        with self._lock_file(check_name(name) + ".copy.lock") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                raise Refused(
+                    "is being copied to another main by another process",
+                    device=name,
+                    remedy="wait for it, or end it; a copy that was ended can go on or back",
+                ) from error
+            yield
+
+    @contextlib.contextmanager
     def _lock(self, name: str) -> Iterator[None]:
         with self._lock_file(name) as file:
             fcntl.flock(file, fcntl.LOCK_EX)
@@ -764,15 +785,17 @@ class Engine:
             patience: how hard to try to read failing blocks.
 
         Raises:
+            Refused: another process copies it.
             DmRemapError: a step failed; the target is as its metadata says, and another call goes
                 on from there.
         """
         _lock_memory()
         tools = replacing.Tools(self._mapper, self._freezer, self._guarded, self._end_freeze)
-        copying = replacing.Replacing(
+        copy = replacing.Replacing(
             self, tools, self._step, self._progress, pace, patience or Patience()
         )
-        return copying.run(name, undo)
+        with self.copying(name):
+            return copy.run(name, undo)
 
     def successor(self, metadata: Metadata) -> Metadata:
         """The next generation, from this host and now, with nothing else changed."""
@@ -827,7 +850,9 @@ class Engine:
 
     def _do_remove_target(self, plan: Plan, action: planner.Action) -> None:
         target = self._existing(plan.name)
-        self._mapper.remove(plan.name)
+        # A copy that goes on would write to a disk that is not the target's any more.
+        with self.copying(plan.name):
+            self._mapper.remove(plan.name)
         self._remove_parts(
             target,
             stack.hold_name(plan.name),

@@ -376,6 +376,24 @@ def test_the_copy_lets_the_lock_go_between_its_steps(tmp_path: Path) -> None:
     assert {"window_copied", "window_copied_again"} == free
 
 
+@pytest.mark.parametrize("other", [NEW, OLD, None])
+def test_only_one_process_copies(tmp_path: Path, other: str | None) -> None:
+    """A second one would overwrite what was written to a window that the first one has moved."""
+    scene = damaged(tmp_path)
+    refused = []
+
+    def on_step(name: str) -> None:
+        if name in ("window_copied", "thawed") and not refused:
+            with pytest.raises(Refused, match="by another process") as caught:
+                change_main(scene, other) if other else scene.remove()
+            refused.append(caught.value)
+
+    process = Process(scene.kernel)
+    change_main(scene, NEW, scene.engine(process, on_step))
+    assert len(refused) == 1
+    check_done(toward(scene, NEW))
+
+
 def test_a_new_main_that_fails_is_named_and_can_be_left(tmp_path: Path) -> None:
     scene = damaged(tmp_path)
     new = scene.kernel.disks[NEW]
