@@ -270,6 +270,22 @@ def node_of(devno: str) -> str:
     raise DmRemapError("no such device", device=devno, remedy="check that it is still attached")
 
 
+def links_to(devno: str) -> list[str]:
+    """Links that udev has made to a device and makes again after a restart, the best first."""
+    found = []
+    for folder in ("/dev/mapper", "/dev/disk/by-id", "/dev/disk/by-partuuid", "/dev/disk/by-path"):
+        for name in _list(folder):
+            path = os.path.join(folder, name)
+            try:
+                status = os.stat(path)
+            except OSError:
+                continue
+            number = f"{os.major(status.st_rdev)}:{os.minor(status.st_rdev)}"
+            if stat.S_ISBLK(status.st_mode) and number == devno:
+                found.append(path)
+    return found
+
+
 def nodes_of_size(sizes: Collection[int]) -> list[str]:
     """The kernel's nodes of all disks and partitions that have one of ``sizes`` in sectors.
 

@@ -70,6 +70,9 @@ class Blocks(Protocol):
     def node_of(self, devno: str) -> str:
         """The node of a device number."""
 
+    def links_to(self, devno: str) -> list[str]:
+        """Paths of the device that outlive a restart, the best first."""
+
     def nodes_of_size(self, sizes: Collection[int]) -> list[str]:
         """Nodes of the devices that have one of these sizes in sectors."""
 
@@ -758,13 +761,19 @@ class Engine:
     def _do_replace_main(self, plan: Plan, action: planner.Action) -> None:
         """Begin the replacement, unless it has begun; `replace_main` carries it on."""
         target = self.require(plan.name)
-        if target.replacement or plan.replacement is None:
+        if target.replacement or plan.replacement is None or target.main is None:
             return
         self._check_freezing_names(target)
         self._create_new_main(plan)
         self._step("new_main_created")
-        config = replacement.begun(target.metadata.config, target.main, plan.replacement)
+        paths = [self._lasting_path(info) for info in (plan.replacement, target.main) if info]
+        config = replacement.begun(target.metadata.config, plan.replacement, *paths)
         self._commit_config(target, config)
+
+    def _lasting_path(self, info: DeviceInfo) -> str:
+        if replacement.lasts(info.path):
+            return info.path
+        return next(iter(self._blocks.links_to(info.devno)), info.path)
 
     def _do_undo_replacement(self, plan: Plan, action: planner.Action) -> None:
         """Nothing has to be begun; `replace_main` does it all."""

@@ -788,7 +788,7 @@ def _replacing(
     }
     config = metadata.config
     if not replacement.under_way(metadata):
-        config = replacement.begun(config, old, new)
+        config = replacement.begun(config, new, new.path, details["from"])
     after = replace(metadata, generation=metadata.generation + 1)
     if kind == UNDO:
         after = replace(after, config=replacement.undone(config))

@@ -76,15 +76,19 @@ def chunks_in_all(metadata: Metadata) -> int:
     return -int(-metadata.config["main"]["sectors"] // metadata.config["chunk_sectors"])
 
 
-def begun(config: Mapping[str, Any], old: DeviceInfo | None, new: DeviceInfo) -> dict[str, Any]:
-    """The configuration in which ``new`` is to replace ``old``, with nothing copied yet."""
-    entry = main_entry(new, config["main"]["sectors"])
-    replacement = {
-        "copied": 0,
-        "main": {**entry, "path": new.path},
-        "old_path": old.path if old else "",
-    }
-    return {**config, "replacement": replacement}
+def begun(
+    config: Mapping[str, Any], new: DeviceInfo, new_path: str, old_path: str
+) -> dict[str, Any]:
+    """The configuration in which ``new`` is to replace the main, with nothing copied yet.
+
+    Args:
+        config: the target's configuration.
+        new: the new main.
+        new_path: a path that it has for long.
+        old_path: such a path of the old main.
+    """
+    entry = {**main_entry(new, config["main"]["sectors"]), "path": new_path}
+    return {**config, "replacement": {"copied": 0, "main": entry, "old_path": old_path}}
 
 
 def finished(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -135,6 +139,14 @@ def is_surely(info: DeviceInfo, entry: Mapping[str, Any]) -> bool:
     return matches(info, entry) and any(mine[k] and mine[k] == entry[k] for k in ("serial", "wwn"))
 
 
+def lasts(path: str) -> bool:
+    """Whether a path can be expected to lead to the same device after a restart of the host.
+
+    The kernel's own names, directly under /dev, are given in the order of discovery.
+    """
+    return path.count("/") > 2
+
+
 def find_other(
     devices: Iterable[DeviceInfo], entry: Mapping[str, Any], path: str, role: str
 ) -> DeviceInfo:
@@ -143,7 +155,7 @@ def find_other(
     Args:
         devices: what is on the host.
         entry: the main's entry.
-        path: where it was; enough only if it has neither serial number nor WWN.
+        path: where it was; enough if it has neither serial number nor WWN, and the path `lasts`.
         role: what to call it in a refusal.
 
     Raises:
@@ -151,7 +163,7 @@ def find_other(
     """
     fitting = {info.devno: info for info in devices if matches(info, entry)}
     sure = [info for info in fitting.values() if is_surely(info, entry)]
-    found = sure or [info for info in fitting.values() if info.path == path]
+    found = sure or [info for info in fitting.values() if info.path == path and lasts(path)]
     if len(found) == 1:
         return found[0]
     who = f"{entry.get('model') or 'no model'}, serial {entry.get('serial') or 'unknown'}"
@@ -180,7 +192,8 @@ def is_new_main(info: DeviceInfo, metadata: Metadata) -> bool:
     if fits == (True, True):
         fits = (is_surely(info, new), is_surely(info, old))
     if fits[0] == fits[1]:
-        fits = (info.path == new["path"], info.path == replacement["old_path"])
+        same = lasts(info.path)
+        fits = (same and info.path == new["path"], same and info.path == replacement["old_path"])
     if fits[0] == fits[1]:
         raise Refused(
             "is neither surely the old main nor surely the new one of the replacement under way",

@@ -56,11 +56,15 @@ TO_NEW = replace(REQUEST, main=NEW.path)
 REMAPS = (Extent(3, 2, 0, 0), Extent(9, 1, 1, 4))
 
 
-def half(metadata: Metadata | None = None, copied: int = 8, **new: Any) -> Metadata:
+def half(
+    metadata: Metadata | None = None,
+    copied: int = 8,
+    paths: tuple[str, str] = (NEW.path, "/dev/main"),
+    **new: Any,
+) -> Metadata:
     """A replacement under way."""
     known = metadata or created()
-    old = info("/dev/main")
-    config = replacement.begun(known.config, old, replace(NEW, **new))
+    config = replacement.begun(known.config, replace(NEW, **new), *paths)
     begun = known.successor(3, config=config)
     return replacement.advanced(begun, copied, ())
 
@@ -329,20 +333,34 @@ def test_a_clone_of_the_other_main_is_not_chosen() -> None:
         asleep(NEW, OLD, clone)
 
 
-def test_disks_without_names_are_told_apart_by_their_paths() -> None:
+@pytest.mark.parametrize("lasting", [True, False])
+def test_disks_without_names_are_told_apart_by_their_paths(lasting: bool) -> None:
+    """But not by paths that another disk may have after a restart."""
+    folder = "/dev/disk/by-path" if lasting else "/dev"
     config = created().config
     known = replace(created(), config={**config, "main": {**config["main"], **BARE}})
-    metadata = half(known, **BARE)
-    old, new = replace(OLD, **BARE), replace(NEW, **BARE)
-    other = replace(new, path="/dev/other", devno="8:112")
-    plan = asleep(new, old, other, metadata=metadata)
-    assert (plan.main, plan.replacement) == (old, new)
-    plan = asleep(old, new, other, metadata=metadata)
-    assert (plan.main, plan.replacement) == (old, new)
+    old = replace(OLD, path=f"{folder}/old", **BARE)
+    new = replace(NEW, path=f"{folder}/new", **BARE)
+    metadata = half(known, paths=(new.path, old.path), **BARE)
+    other = replace(new, path=f"{folder}/other", devno="8:112")
+    for first, second in [(new, old), (old, new)]:
+        if lasting:
+            plan = asleep(first, second, other, metadata=metadata)
+            assert (plan.main, plan.replacement) == (old, new)
+        with pytest.raises(Refused, match="is not there" if lasting else "neither surely"):
+            asleep(first, other, metadata=metadata)
     with pytest.raises(Refused, match="neither surely"):
         asleep(other, old, new, metadata=metadata)
+
+
+def test_a_disk_with_a_name_needs_no_lasting_path() -> None:
+    config = created().config
+    known = replace(created(), config={**config, "main": {**config["main"], **BARE}})
+    bare = replace(OLD, **BARE)
     with pytest.raises(Refused, match="is not there"):
-        asleep(new, other, metadata=metadata)
+        asleep(NEW, bare, metadata=half(known))
+    plan = asleep(OLD, NEW, metadata=half())
+    assert plan.replacement == NEW
 
 
 def test_another_disk_is_neither_main() -> None:

@@ -345,6 +345,22 @@ def test_a_chunk_may_be_healed_while_its_window_is_copied(
     check_done(toward(scene, NEW))
 
 
+def test_writes_behind_the_copy_are_not_lost(tmp_path: Path) -> None:
+    """While later pieces of the same window are read."""
+    scene = damaged(tmp_path)
+    behind = (0, 3 * CHUNK + 1, 4 * CHUNK, 7 * CHUNK)
+
+    def on_read(sector: int, _count: int) -> None:
+        for earlier in behind:
+            if earlier + CHUNK <= sector:
+                scene.app.write(scene.kernel, earlier)
+
+    scene.main.on_read = on_read
+    change_main(scene, NEW)
+    assert len(scene.app.versions[0]) > 1
+    check_done(toward(scene, NEW))
+
+
 @pytest.mark.parametrize("lost", [False, True])
 def test_a_chunk_on_the_new_main_goes_to_a_spare_from_there(tmp_path: Path, lost: bool) -> None:
     scene = damaged(tmp_path)

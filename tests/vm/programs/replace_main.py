@@ -19,7 +19,18 @@ from dataclasses import asdict
 from typing import Any
 
 import load
-from scene import HASTY, SECTOR_BYTES, BlockDevice, Engine, answer, arguments, fill, state
+from scene import (
+    HASTY,
+    PIECE_SECTORS,
+    SECTOR_BYTES,
+    BlockDevice,
+    Engine,
+    answer,
+    arguments,
+    fill,
+    pattern,
+    state,
+)
 
 from dm_remap.planner import REPLACE, UNDO, Request, plan_present
 from dm_remap.replacing import Pace
@@ -116,8 +127,8 @@ def place_of(number: int, blocks: int) -> int:
 
 
 def content_of(number: int, sector: int) -> bytes:
-    """The block that a write leaves."""
-    return struct.pack("<QQ", 1 << 62 | number, sector) * (BLOCK_SECTORS * SECTOR_BYTES // 16)
+    """The sector that a write leaves."""
+    return struct.pack("<QQ", 1 << 62 | number, sector) * (SECTOR_BYTES // 16)
 
 
 class Writer(threading.Thread):
@@ -137,7 +148,8 @@ class Writer(threading.Thread):
                 while not self.stopping.is_set():
                     for _turn in range(FLUSH_EVERY):
                         sector = place_of(self.number, self.blocks)
-                        device.write(sector, content_of(self.number, sector))
+                        sectors = range(sector, sector + BLOCK_SECTORS)
+                        device.write(sector, b"".join(content_of(self.number, s) for s in sectors))
                         self.number += 1
                     device.flush()
                     answer({"durable": self.number})
@@ -180,13 +192,15 @@ def activate(given: dict[str, Any]) -> None:
 
 
 def verify(given: dict[str, Any]) -> dict[str, Any]:
-    """After a power cut: no block is older than what was told to be durable, or was never written.
+    """After a power cut: no sector is older than what was told to be durable, or was never written.
 
-    ``gaps`` are ranges of numbers that were not told to be durable before an earlier cut.
+    A block may be torn by a cut that came before its flush. ``gaps`` are ranges of numbers that
+    were not told to be durable before an earlier cut.
     """
     activate(given)
     name, blocks = given["name"], given["sectors"] // BLOCK_SECTORS
     newest: dict[int, int] = {}
+    piece = b""
     gone = {number for begin, end in given["gaps"] for number in range(begin, end)}
     for number in range(given["durable"]):
         if number in gone:
@@ -195,26 +209,22 @@ def verify(given: dict[str, Any]) -> dict[str, Any]:
     wrong = []
     highest = given["durable"]
     with BlockDevice(f"/dev/mapper/{name}") as device:
-        for sector in range(0, blocks * BLOCK_SECTORS, BLOCK_SECTORS):
-            data = device.read(sector, BLOCK_SECTORS)
+        for sector in range(blocks * BLOCK_SECTORS):
+            if sector % PIECE_SECTORS == 0:
+                piece = device.read(sector, min(PIECE_SECTORS, given["sectors"] - sector))
+            offset = sector % PIECE_SECTORS * SECTOR_BYTES
+            data = piece[offset : offset + SECTOR_BYTES]
+            block = sector - sector % BLOCK_SECTORS
             word = struct.unpack_from("<Q", data)[0]
             number = word & ~(1 << 62)
-            if word >> 62 and place_of(number, blocks) == sector:
+            if word >> 62 and place_of(number, blocks) == block:
                 highest = max(highest, number + 1)
-                if data == content_of(number, sector) and number >= newest.get(sector, -1):
+                if data == content_of(number, sector) and number >= newest.get(block, -1):
                     continue
-            elif sector not in newest and data == pattern_of(sector):
+            elif block not in newest and data == pattern(0, sector):
                 continue
-            wrong.append([sector, data[:16].hex(), newest.get(sector)])
+            wrong.append([sector, data[:16].hex(), newest.get(block)])
     return {"wrong": wrong[:10], "highest": highest, "told": told(name)}
-
-
-def pattern_of(sector: int) -> bytes:
-    """What `create` has put there."""
-    return b"".join(
-        struct.pack("<QQ", 1, number) * (SECTOR_BYTES // 16)
-        for number in range(sector, sector + BLOCK_SECTORS)
-    )
 
 
 given = arguments()
