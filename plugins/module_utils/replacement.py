@@ -110,10 +110,12 @@ def advanced(metadata: Metadata, copied: int, returned: Collection[int]) -> Meta
         copied: chunks from the start that the new main has.
         returned: chunks that a main has now and a spare had before; none of their sectors is lost.
     """
-    chunk_sectors = metadata.config["chunk_sectors"]
+    chunk_sectors, total = metadata.config["chunk_sectors"], metadata.config["main"]["sectors"]
+    lost = [(item.sector, item.count) for item in metadata.lost]
+    # Few of the chunks that return had lost sectors.
+    healed = set(returned).intersection(extents.chunks_of(lost, chunk_sectors, total))
     left = extents.subtract_sectors(
-        [(item.sector, item.count) for item in metadata.lost],
-        [(chunk * chunk_sectors, chunk_sectors) for chunk in returned],
+        lost, [(chunk * chunk_sectors, chunk_sectors) for chunk in healed]
     )
     replacement = {**metadata.config["replacement"], "copied": copied}
     return dataclasses.replace(
