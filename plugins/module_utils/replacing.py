@@ -336,24 +336,26 @@ class Replacing:
 
     def _advance(self, name: str, undo: bool) -> bool:
         """Move one window, or end the replacement; whether it is still under way."""
-        with self._engine.locked(name):
-            target = self._whole(name)
-            metadata = target.metadata
-            if not replacement.under_way(metadata):
-                return False
-            drop_counters(self._tools.mapper, target.map.name)
-            chunks = self._next_window(metadata, undo)
-            if not chunks:
-                config = (replacement.undone if undo else replacement.finished)(metadata.config)
-                self._engine.finish_replacement(target, config)
-                return False
-        with self._engine.opened(target, write_back=undo) as disks:
-            window = _Window(target, disks, chunks, undo)
-            with contextlib.ExitStack() as counting:
-                written = self._copy_in_use(window, counting)
-                if not window.bad:
-                    with self._engine.locked(name):
-                        self._take(window, written)
+        with contextlib.ExitStack() as opened:
+            with self._engine.locked(name):
+                target = self._whole(name)
+                metadata = target.metadata
+                if not replacement.under_way(metadata):
+                    return False
+                drop_counters(self._tools.mapper, target.map.name)
+                chunks = self._next_window(metadata, undo)
+                if not chunks:
+                    config = (replacement.undone if undo else replacement.finished)(metadata.config)
+                    self._engine.finish_replacement(target, config)
+                    return False
+                disks = opened.enter_context(self._engine.opened(target, write_back=undo))
+                window = _Window(target, disks, chunks, undo)
+                # While nobody can move a chunk: what was written elsewhere would not be known.
+                counted = self._count(window, opened)
+            written = self._copy_in_use(window, counted, opened)
+            if not window.bad:
+                with self._engine.locked(name):
+                    self._take(window, written)
         if window.bad:
             with self._engine.locked(name):
                 self._heal(window)
@@ -378,15 +380,19 @@ class Replacing:
     # The copy while the window is in use
 
     def _copy_in_use(
-        self, window: _Window, counting: contextlib.ExitStack
+        self, window: _Window, written: Callable[[], set[int]], counting: contextlib.ExitStack
     ) -> Callable[[], set[int]]:
         """Copy the window until little of it is written anew meanwhile.
+
+        Args:
+            window: none of its chunks has moved since ``written`` counts.
+            written: what tells the chunks that were written.
+            counting: ends further counting.
 
         Returns:
             What tells the chunks that were written since they were copied.
         """
         due = set(window.chunks)
-        written = self._count(window, counting)
         with blockdev.idle_priority():
             self._copy(window, due, in_use=True)
             self._step("window_copied")
@@ -516,7 +522,7 @@ class Replacing:
         before, now = window.target.metadata, target.metadata
         if replacement.copied_chunks(now) != replacement.copied_chunks(before):
             return
-        # The reflex may have moved chunks to a spare meanwhile.
+        # Whoever has moved a chunk meanwhile, it is copied from where it is now.
         moved = {c for c in window.chunks if window.place(before, c) != window.place(now, c)}
         window.target = target
         begun = self._clock()

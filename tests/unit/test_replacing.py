@@ -361,6 +361,23 @@ def test_writes_behind_the_copy_are_not_lost(tmp_path: Path) -> None:
     check_done(toward(scene, NEW))
 
 
+def test_no_chunk_moves_before_writes_are_counted(tmp_path: Path) -> None:
+    """What is written where the copy does not look must be known to it."""
+    scene = damaged(tmp_path)
+    free = []
+
+    def on_call(name: str) -> None:
+        if name in ("stats_create", f"load {NAME}-place"):
+            with scene.engine().try_locked(NAME) as locked:
+                free.append((name, locked))
+
+    change_main(scene, NEW, scene.engine(Process(scene.kernel, on_call)))
+    first = [free[0]] + [now for before, now in zip(free, free[1:]) if "place" in before[0]]
+    counted = [locked for name, locked in first if name == "stats_create"]
+    assert len(counted) >= 3
+    assert not any(counted), "the first counter of each window starts under the lock"
+
+
 @pytest.mark.parametrize("lost", [False, True])
 def test_a_chunk_on_the_new_main_goes_to_a_spare_from_there(tmp_path: Path, lost: bool) -> None:
     scene = damaged(tmp_path)
