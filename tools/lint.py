@@ -17,7 +17,8 @@ import yaml
 from lay_out_collection import BUILD, COPY, ROOT
 
 CORE = (
-    "blockdev copies devmapper engine errors extents format ladder mapping planner pool salvage"
+    "blockdev copies devmapper engine errors extents format ladder mapping planner pool "
+    "replacement replacing salvage"
 ).split()
 GATE_SECONDS = 300
 

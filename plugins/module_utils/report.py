@@ -9,7 +9,7 @@ import json
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-from . import pool
+from . import pool, replacement
 from .extents import merge_sectors
 from .planner import (
     SECTOR_BYTES,
@@ -55,7 +55,9 @@ def describe_target(target: ActiveTarget) -> dict[str, Any]:
             "path": target.main.path if target.main else None,
             "devno": target.main.devno if target.main else None,
             **config["main"],
+            "device_sectors": replacement.device_sectors(config["main"]),
         },
+        "replacing": _describe_replacement(target),
         "spares": [_describe_spare(target, index, chunks[index]) for index in spares],
         "pool": _describe_pool(pool.whole(chunks.values()), pool.thresholds_of(config)),
         "degraded": bool(target.lost_spares),
@@ -70,6 +72,21 @@ def describe_target(target: ActiveTarget) -> dict[str, Any]:
             *degradation(target),
             *pool_warnings(metadata, usable_geometries(target)),
         ],
+    }
+
+
+def _describe_replacement(target: ActiveTarget) -> dict[str, Any] | None:
+    if target.replacement is None:
+        return None
+    metadata = target.metadata
+    total = metadata.config["main"]["sectors"]
+    copied = replacement.copied_sectors(metadata)
+    return {
+        "path": target.replacement.path,
+        "devno": target.replacement.devno,
+        "copied": copied * SECTOR_BYTES,
+        "total": total * SECTOR_BYTES,
+        "percent": round(100 * copied / total, 1),
     }
 
 

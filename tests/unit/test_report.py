@@ -21,6 +21,7 @@ from tests.unit.test_planner import (
     seen_active,
     with_fault,
 )
+from tests.unit.test_replacement import under_way
 
 
 def test_a_target() -> None:
@@ -142,3 +143,16 @@ def test_a_remap_shows_its_segments() -> None:
 def test_nothing_to_do_shows_no_difference() -> None:
     for part in diff_of(plan_present(REQUEST, seen_active(active()))):
         assert part["before"] == part["after"] != ""
+
+
+def test_a_replacement_is_told_with_its_percentage() -> None:
+    told = describe_target(under_way())["replacing"]
+    total = MAIN_SECTORS * 512
+    assert told == {
+        "path": "/dev/new",
+        "devno": "8:64",
+        "copied": 8 * 65536,
+        "total": total,
+        "percent": round(100 * 8 * 65536 / total, 1),
+    }
+    assert describe_target(active())["replacing"] is None
