@@ -436,13 +436,15 @@ def _with_config(plan: Plan, changed: Mapping[str, Any]) -> Plan:
         metadata, generation=metadata.generation + 1, config={**metadata.config, **changed}
     )
     action = Action("update_config", plan.name, {"generation": after.generation, **changed})
-    geometries = {index: geometry_of(after, index) for index in plan.spares}
+    spares = {i: info for i, info in plan.spares.items() if i in _configured(after)}
+    geometries = {index: geometry_of(after, index) for index in spares}
     said = set(pool_warnings(metadata, geometries))
     return replace(
         plan,
         actions=(*plan.actions, action),
-        after=_state(after, plan.spares),
-        metadata=after,
+        after=_state(after, spares),
+        metadata=plan.metadata if plan.final else after,
+        final=after if plan.final else None,
         warnings=(
             *(warning for warning in plan.warnings if warning not in said),
             *pool_warnings(after, geometries),

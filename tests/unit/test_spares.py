@@ -244,7 +244,7 @@ def commit_places(scene: Scene, chunks: Sequence[int]) -> None:
     """Put chunks on spares in the metadata alone, for tests that count."""
     engine = scene.engine()
     target = engine.require(NAME)
-    places = planner.choose_places(chunks, planner.usable_geometries(target), ())
+    places = planner.choose_places(target.metadata, chunks, planner.usable_geometries(target), ())
     moves = {place.logical: place for place in places}
     metadata = planner.with_moves(target.metadata.successor(1), moves, ())
     with engine.opened(target) as disks:
