@@ -21,7 +21,14 @@ from dm_remap.engine import Engine
 from dm_remap.errors import DmRemapError, Refused
 from dm_remap.format import geometry_of
 from dm_remap.freezing import Freezer
-from dm_remap.planner import REPLACE, UNDO, plan_present
+from dm_remap.planner import (
+    REPLACE,
+    UNDO,
+    SpareRequest,
+    plan_present,
+    plan_spare_absent,
+    plan_spare_present,
+)
 from dm_remap.reflex import Ward, on_one_main
 from dm_remap.replacing import Pace, Replacing, Result, Tools
 from dm_remap.tracing import BlockError
@@ -45,6 +52,7 @@ from tests.unit.test_engine import (
     record,
 )
 from tests.unit.test_replacement import half, under_way
+from tests.unit.test_spares import unplug
 
 # Windows of 4 chunks: two whole ones and one that ends in the short last chunk.
 WINDOW = Pace(window=4 * CHUNK * SECTOR)
@@ -322,6 +330,86 @@ def crashes_of(folder: Path, on_error: str, shim: str, undo: bool) -> tuple[Scen
     )
     assert len(crashes) > 150
     return scene, crashes
+
+
+# Spares meanwhile
+
+
+def with_two_spares(folder: Path) -> Scene:
+    """A target with a chunk on its first spare, and disks for a new main and a new spare."""
+    scene = make_scene(folder, 2, sectors=SECTORS)
+    scene.kernel.add_disk("new", SECTORS)
+    scene.kernel.add_disk("more", scene.spares[0].sectors)
+    scene.create()
+    scene.spoil(LOSSY * CHUNK)
+    scene.remap((HEALTHY * CHUNK, CHUNK))
+    return scene
+
+
+def test_main_and_spares_are_not_changed_at_once(tmp_path: Path) -> None:
+    scene = with_two_spares(tmp_path)
+    generation = scene.engine().require(NAME).metadata.generation
+    scene.request = replace(scene.request, spares=("/dev/spare0", "/dev/more"))
+    with pytest.raises(Refused, match="another main and other spares at once"):
+        change_main(scene, NEW)
+    target = scene.engine().require(NAME)
+    assert (target.metadata.generation, target.replacement) == (generation, None)
+
+
+@pytest.mark.parametrize("main", [NEW, OLD])
+def test_spares_are_not_changed_while_main_is_replaced(tmp_path: Path, main: str) -> None:
+    scene = with_two_spares(tmp_path)
+    interrupt(scene, NEW, "window_committed", 1)
+    generation = scene.engine().require(NAME).metadata.generation
+    changes = [("/dev/spare1",), ("/dev/spare0", "/dev/spare1", "/dev/more")]
+    for spares in changes:
+        changed = replace(scene, request=replace(scene.request, spares=spares))
+        with pytest.raises(Refused, match="until that has ended its spares cannot be changed"):
+            change_main(changed, main)
+    engine = scene.engine()
+    for device, add in (("/dev/more", True), ("/dev/spare1", False)):
+        seen = engine.see_spare(NAME, device, None, add)
+        plan_change = plan_spare_present if add else plan_spare_absent
+        with pytest.raises(Refused, match="until that has ended its spares cannot be changed"):
+            plan_change(SpareRequest(NAME, device), seen)
+    assert engine.require(NAME).metadata.generation == generation
+    change_main(scene, main)
+    check_done(toward(scene, main))
+
+
+def test_no_chunk_returns_to_a_main_that_is_replaced(tmp_path: Path) -> None:
+    scene = with_two_spares(tmp_path)
+    interrupt(scene, NEW, "window_committed", 0)
+    engine = scene.engine()
+    with engine.locked(NAME):
+        with pytest.raises(Refused, match="until that has ended no chunk can return to it"):
+            engine.return_to_main(NAME, [(HEALTHY * CHUNK, CHUNK)])
+        assert not engine.return_to_main(NAME, [(3 * CHUNK, CHUNK)]).plan.changes
+    change_main(scene, NEW)
+    check_done(toward(scene, NEW))
+
+
+@pytest.mark.parametrize("main", [NEW, OLD])
+def test_a_spare_that_is_lost_does_not_stop_a_replacement(tmp_path: Path, main: str) -> None:
+    """It cannot be named, because it is gone, nor be removed while main is being replaced."""
+    scene = with_two_spares(tmp_path)
+    interrupt(scene, NEW, "window_committed", 0)
+    unplug(scene, scene.spares[0])
+    scene.request = replace(scene.request, spares=("/dev/spare1",))
+    kinds, result = change_main(scene, main)
+    assert kinds == [REPLACE if main == NEW else UNDO]
+    assert result is not None
+    target = scene.engine().require(NAME)
+    assert target.main is not None
+    assert (target.main.path, target.replacement) == (main, None)
+    on_lost = [e.logical for e in target.metadata.extents if e.spare == 0]
+    assert on_lost == [HEALTHY], "where its data is"
+    if main == NEW:
+        assert [e.logical for e in target.metadata.extents if e.spare == 1] == [LOSSY]
+    lost = range(HEALTHY * CHUNK, (HEALTHY + 1) * CHUNK)
+    for sector in set(range(SECTORS)) - {*lost, LOSSY * CHUNK}:
+        assert scene.read(sector) == content(sector), sector
+    assert {scene.read(sector) for sector in lost} == {None}, "no other data in place of it"
 
 
 # Others at work meanwhile
