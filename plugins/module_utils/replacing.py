@@ -430,6 +430,8 @@ class Replacing:
         """
         window.copied -= set(chunks)
         for piece in window.pieces(chunks, PIECE_BYTES):
+            if window.bad and not in_use:
+                return
             begun = self._clock()
             for part, data in self._read_piece(window, piece, in_use):
                 self._write_part(window, part, data)
@@ -457,6 +459,9 @@ class Replacing:
                 salvaged = self._salvage(window, part) if in_use else None
                 if salvaged is None:
                     window.bad |= set(part.chunks)
+                    if not in_use:
+                        # The window cannot move now, and reads that fail take long.
+                        return
                     continue
                 data = salvaged
             yield part, data
@@ -528,8 +533,7 @@ class Replacing:
         begun = self._clock()
         with self._tools.mapper.events() as events, self._tools.guarded(name):
             try:
-                seconds = max(FREEZE_SECONDS, self._patience.budget)
-                self._tools.freezer.freeze(target, window.chunks, seconds, events)
+                self._tools.freezer.freeze(target, window.chunks, FREEZE_SECONDS, events)
                 self._copy(window, written() | moved, in_use=False)
                 new = now if window.bad else self._commit(window)
                 self._tools.freezer.thaw(target, new, window.chunks, events)
