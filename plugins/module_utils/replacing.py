@@ -439,6 +439,8 @@ class Replacing:
         """
         window.copied -= set(chunks)
         for piece in window.pieces(chunks, PIECE_BYTES):
+            if window.bad and not in_use:
+                return
             begun = self._clock()
             for part, data in self._read_piece(window, piece, in_use):
                 self._write_part(window, part, data)
@@ -466,6 +468,9 @@ class Replacing:
                 salvaged = self._salvage(window, part) if in_use else None
                 if salvaged is None:
                     window.bad |= set(part.chunks)
+                    if not in_use:
+                        # The window cannot move now, and reads that fail take long.
+                        return
                     continue
                 data = salvaged
             yield part, data
@@ -539,8 +544,7 @@ class Replacing:
         guarded = self._tools.guarded(target, window.disks)
         with self._tools.mapper.events() as events, guarded:
             try:
-                seconds = max(FREEZE_SECONDS, self._patience.budget)
-                self._tools.freezer.freeze(target, window.chunks, seconds, events)
+                self._tools.freezer.freeze(target, window.chunks, FREEZE_SECONDS, events)
                 self._copy(window, written() | moved, in_use=False)
                 new = now if window.bad else self._commit(window, attempted)
                 self._tools.freezer.thaw(target, new, window.chunks, events)

@@ -433,6 +433,29 @@ def test_a_chunk_may_be_healed_while_its_window_is_copied(
     check_done(toward(scene, NEW))
 
 
+def test_a_sector_that_goes_bad_before_the_freeze_is_healed_after_it(tmp_path: Path) -> None:
+    """I/O does not wait for it."""
+    scene = damaged(tmp_path)
+    met = itertools.count(1)
+    reads = []
+
+    def on_step(name: str) -> None:
+        if name == "window_copied_again" and next(met) == 1:
+            scene.app.write(scene.kernel, 3 * CHUNK + 4)
+            scene.app.write(scene.kernel, 4)
+            scene.spoil(3 * CHUNK, 1)
+            scene.main.on_read = lambda sector, count: reads.append(sector)
+        elif name == "thawed":
+            scene.main.on_read = None
+            reads.append(-1)
+
+    _kinds, result = change_main(scene, NEW, scene.engine(step=on_step))
+    assert result is not None
+    assert result.healed[:2] == [0, 3]
+    assert reads[: reads.index(-1)] == [0, 0], "one bad chunk is enough to give the window up"
+    check_done(toward(scene, NEW))
+
+
 def test_writes_behind_the_copy_are_not_lost(tmp_path: Path) -> None:
     """While later pieces of the same window are read."""
     scene = damaged(tmp_path)
