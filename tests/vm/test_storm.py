@@ -258,7 +258,7 @@ def guest(lab: Machine) -> Iterator[Guest]:
     stop_healer(lab)
 
 
-@pytest.mark.core
+@pytest.mark.soak
 def test_bad_sectors_under_applications(guest: Guest) -> None:
     guest.machine.attach(Disk("large", size="160M"))
     storm(guest, "large", "spare", VIRTIO, total=40, bursts=4, database=True)
