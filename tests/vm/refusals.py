@@ -301,7 +301,7 @@ class Scene:
             machine.disk(name).write(64, b"the same content" * 256)
         done = runner.run(
             *(
-                Step(name, "target", {"name": name, "main": path(main), "spares": [*map(path, on)]})
+                Step(name, "target", _target(main, *on, name=name))
                 for name, main, on in (
                     (HELD, "main", ["held"]),
                     (EDGE, "scsi", ["spare2"]),
@@ -327,7 +327,14 @@ class Scene:
 
 
 def _target(main: str, *spares: str, name: str = "new", **others: Any) -> dict[str, Any]:
-    return {"name": name, "main": path(main), "spares": [path(spare) for spare in spares], **others}
+    # Nothing heals held errors in these guests.
+    return {
+        "name": name,
+        "main": path(main),
+        "spares": [path(spare) for spare in spares],
+        "on_error": "fail",
+        **others,
+    }
 
 
 def cases() -> Iterator[Case]:
