@@ -549,7 +549,7 @@ class Engine:
         chunk_sectors, block = metadata.config["chunk_sectors"], metadata.config["block_sectors"]
         places = [
             extents.place_of(metadata.extents, chunk)
-            for chunk in {chunks[0], chunks[len(chunks) // 2], chunks[-1]}
+            for chunk in sorted({chunks[0], chunks[len(chunks) // 2], chunks[-1]})
         ]
         try:
             with self._blocks.BlockDevice(self._blocks.node_of(look.devno)) as device:

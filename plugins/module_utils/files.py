@@ -137,8 +137,8 @@ def _in_a_process(request: dict[str, Any], timeout: float) -> list[bytes]:
         # The tools that it starts are killed with it.
         start_new_session=True,
     )
-    assert process.stdin is not None
-    assert process.stdout is not None
+    if process.stdin is None or process.stdout is None:
+        raise AssertionError("both are pipes")
     text = b""
     try:
         with contextlib.suppress(BrokenPipeError), process.stdin:
@@ -166,6 +166,11 @@ def _read_until(stream: Any, deadline: float) -> bytes:
     return b"".join(parts)
 
 
+def _say(document: dict[str, Any]) -> None:
+    sys.stdout.write(json.dumps(document) + "\n")
+    sys.stdout.flush()
+
+
 def work() -> None:
     """The process of its own: read the request from standard input, print owners, a line each."""
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
@@ -175,7 +180,7 @@ def work() -> None:
 
     def tell(found: list[Owner]) -> None:
         for owner in found:
-            print(json.dumps(asdict(owner)), flush=True)
+            _say(asdict(owner))
 
     end = "the look-up ended early"
     try:
@@ -186,7 +191,7 @@ def work() -> None:
         end = f"the look-up needs more than {_MEMORY_BYTES >> 30} GiB of memory"
     except (DmRemapError, OSError, ValueError, LookupError) as error:
         end = f"the look-up failed: {error}"
-    print(json.dumps({"end": end}), flush=True)
+    _say({"end": end})
 
 
 class _Piece(NamedTuple):

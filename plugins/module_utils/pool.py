@@ -95,6 +95,10 @@ def whole(parts: Iterable[Capacity]) -> Capacity:
     return Capacity(**{key: sum(row[key] for row in rows) for key in asdict(Capacity(0, 0))})
 
 
+def _is_int(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
 class State(enum.Enum):
     """How full a pool is, the least full first."""
 
@@ -120,7 +124,7 @@ class Thresholds:
     critical: int = 95
 
     def __post_init__(self) -> None:
-        whole_numbers = all(type(value) is int for value in (self.warn, self.critical))
+        whole_numbers = all(_is_int(value) for value in (self.warn, self.critical))
         if not whole_numbers or not 1 <= self.warn <= self.critical <= 100:
             raise Refused(
                 f"thresholds warn {self.warn!r} and critical {self.critical!r} are not possible",
@@ -201,7 +205,7 @@ def bad_places_of(metadata: Metadata) -> set[tuple[int, int]]:
     for index, entry in _health_of_spares(metadata):
         chunks = entry.get("bad_chunks")
         if isinstance(chunks, list):
-            found |= {(index, chunk) for chunk in chunks if type(chunk) is int and chunk >= 0}
+            found |= {(index, chunk) for chunk in chunks if _is_int(chunk) and chunk >= 0}
     return found
 
 

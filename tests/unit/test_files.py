@@ -462,8 +462,8 @@ def test_xfs_with_changes_in_its_log_is_not_believed(
     scene = make_xfs(tmp_path, *XFS["rmapbt"], [4])
     run_tool = xfs.run_tool
 
-    def dirty(package: str, arguments: list[str], commands: list[str] = []) -> lookup.Output:  # noqa: B006
-        output = run_tool(package, arguments, commands)
+    def dirty(package: str, arguments: list[str], commands: Sequence[str] = ()) -> lookup.Output:
+        output = run_tool(package, arguments, list(commands))
         if arguments[0] == "xfs_logprint":
             assert b"state: <CLEAN>" in output.text
             output = lookup.Output(0, output.text.replace(b"<CLEAN>", b"<DIRTY>"), ())
