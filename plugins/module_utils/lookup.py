@@ -103,6 +103,11 @@ class Output:
     complaints: tuple[str, ...]
 
     @property
+    def failed(self) -> bool:
+        """Whether it complained, or ended otherwise than well; xfs_db may crash on damage."""
+        return bool(self.complaints or self.code)
+
+    @property
     def complaint(self) -> str:
         """The first of them, or how the tool ended."""
         return self.complaints[0] if self.complaints else f"exit code {self.code}"

@@ -165,7 +165,7 @@ class UnmountedXfs:
     def _ask(self, commands: Sequence[str]) -> Output:
         """Ask what all answers depend on: a complaint makes what was not found uncertain."""
         output = self._db(commands)
-        if output.complaints or output.code:
+        if output.failed:
             self._problem = f"not all of its metadata can be read: {output.complaint}"
         return output
 
@@ -215,7 +215,7 @@ class UnmountedXfs:
             for start, count in runs(inside(blocks, group * size, size))
         ]
         output = self._db(commands)
-        if output.complaints or _RMAP_LINE.sub(b"", output.text).strip():
+        if output.failed or _RMAP_LINE.sub(b"", output.text).strip():
             return None
         parts: defaultdict[int, list[_Part]] = defaultdict(list)
         special: dict[int, str] = {}
@@ -287,7 +287,7 @@ class UnmountedXfs:
         # Some inode drew a complaint; it must not be one of these.
         return [
             answer
-            if not self._db([f"inode {answer.inode}", "bmap"]).complaints
+            if not self._db([f"inode {answer.inode}", "bmap"]).failed
             else Found(UNKNOWN, answer.inode, reason=self._problem)
             for answer in found
         ]

@@ -475,6 +475,53 @@ def test_xfs_with_changes_in_its_log_is_not_believed(
     assert "log was not replayed" in owner.reason
 
 
+def crash_after(lines: int, command: str, patch: pytest.MonkeyPatch) -> list[int]:
+    """Let xfs_db die of a signal, without a complaint, after some lines of a command's output.
+
+    Returns a list that gets the number of lines of each output that was cut.
+    """
+    cut: list[int] = []
+    run_tool = lookup.run_tool
+
+    def run(package: str, arguments: list[str], commands: Sequence[str] = ()) -> lookup.Output:
+        output = run_tool(package, arguments, commands)
+        if any(line.split()[0] == command for line in commands):
+            whole = output.text.splitlines(keepends=True)
+            cut.append(len(whole))
+            output = lookup.Output(-11, b"".join(whole[:lines]), ())
+        return output
+
+    patch.setattr(xfs, "run_tool", run)
+    return cut
+
+
+@pytest.mark.parametrize("command", ["freesp", "bmap"])
+def test_an_xfs_db_that_crashes_leaves_true_answers(command: str, tmp_path: Path) -> None:
+    options, block = XFS["reflink"]
+    scene = make_xfs(tmp_path, options, block, [8 + number for number in range(4)])
+    free = free_in_xfs(scene, by_block(scene, looked_up(scene.image)))
+    total = (320 << 20) // block // 4
+    lines, whole = 0, 1
+    while lines < whole:
+        with pytest.MonkeyPatch.context() as patch:
+            cut = crash_after(lines, command, patch)
+            found = looked_up(scene.image, total * block // SECTOR)
+        check_claims(scene, by_block(scene, found), free, total)
+        whole, lines = cut[0], lines + 1
+    assert lines > 4
+
+
+def test_a_reverse_mapping_that_was_not_read_to_its_end_is_not_used(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scene = make_xfs(tmp_path, *XFS["rmapbt"], [8, 8])
+    blocks = sorted(scene.stamps)
+    assert xfs.UnmountedXfs(str(scene.image))._reverse(blocks)
+    # A shared block would be told without some of its owners.
+    assert crash_after(1, "fsmap", monkeypatch) == []
+    assert xfs.UnmountedXfs(str(scene.image))._reverse(blocks) is None
+
+
 # Partitions
 
 
