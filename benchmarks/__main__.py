@@ -85,7 +85,7 @@ def report(found: dict[str, Any]) -> list[str]:
         [
             ("a read of 4 KiB, idle", found["idle_reads"], read),
             ("the slowest read beside a remap", found["slowest_reads"], read),
-            ("pause of the chunk and of flushes", found["pauses"], read),
+            ("pause of the chunk", found["pauses"], read),
             ("the whole remap", found["remaps"], read),
         ],
     )

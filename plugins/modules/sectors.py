@@ -304,12 +304,12 @@ chunks:
         - start: 123456
           count: 1
 pause_seconds:
-  description: How long I/O to the chunks, and flushes of the target, had to wait.
+  description: How long I/O to the chunks had to wait.
   returned: always
   type: float
   sample: 0.011
 salvage_seconds:
-  description: How long reading the main and writing the spare took, before the pause.
+  description: How long reading the main and writing the spare took, which is part of the pause.
   returned: always
   type: float
   sample: 0.4
