@@ -19,6 +19,8 @@ from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
+from measure import number_of
+
 from dm_remap import copies
 from dm_remap.blockdev import BlockDevice
 from dm_remap.devmapper import DeviceMapper, Segment
@@ -94,15 +96,10 @@ def measure(
                 for job in LOADS:
                     label = f"{job[0]} {job[1]}"
                     # The bare disk just before, because the machine's speed drifts.
-                    raw = run(bare_of(path, main_path), job, given["seconds"])
+                    raw = run(main_path, job, given["seconds"])
                     through = run(path, job, given["seconds"])
                     results.setdefault(label, []).append(through / raw)
     return found
-
-
-def bare_of(path: str, main_path: str) -> str:
-    """The disk below; it is open below the target, which does not keep others from using it."""
-    return main_path if path != main_path else path
 
 
 @contextmanager
@@ -112,8 +109,7 @@ def standing(
     """A form of the stack over the disk; its path."""
     mapper = DeviceMapper()
     if options is None:
-        status = os.stat(main_path)
-        number = f"{os.major(status.st_rdev)}:{os.minor(status.st_rdev)}"
+        number = number_of(main_path)
         with BlockDevice(main_path) as device:
             table = [Segment(0, device.sectors, "linear", f"{number} 0")]
         mapper.create(NAME, "BENCH-linear", table, private=True)

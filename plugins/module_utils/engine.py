@@ -23,9 +23,18 @@ from . import blockdev, copies, extents, files, mapping, planner, stack
 from .blockdev import SECTOR_BYTES, DeviceInfo
 from .devmapper import DeviceMapper, MappedDevice, Segment, check_name
 from .errors import DmRemapError, Refused, count_of
-from .events import hashed_machine_id, intersect_ranges
-from .format import Diagnosis, Extent, Geometry, Metadata, geometry_of, pack_slot, spare_uuid_of
-from .freezing import FREEZE_SECONDS, Freezer, held_chunks, is_parked
+from .events import hashed_machine_id, intersect_ranges, subtract_ranges
+from .format import (
+    MAX_SPARES,
+    Diagnosis,
+    Extent,
+    Geometry,
+    Metadata,
+    geometry_of,
+    pack_slot,
+    spare_uuid_of,
+)
+from .freezing import FREEZE_SECONDS, Freezer, existing, held_chunks, is_parked, own_part
 from .planner import (
     ActiveSpare,
     ActiveTarget,
@@ -654,7 +663,7 @@ class Engine:
 
     def _spares_of(self, name: str, remains: Sequence[str]) -> Iterator[str]:
         """Nodes of the spares that remaining devices of target ``name`` use."""
-        for index in range(stack.MAX_SPARES):
+        for index in range(MAX_SPARES):
             device = stack.data_name(name, index)
             if device in remains and self._existing(device).live_table:
                 yield self._below(device)
@@ -675,7 +684,7 @@ class Engine:
 
     def _look_at_spares(self, target: MappedDevice) -> list[_Look]:
         found = []
-        for index in range(stack.MAX_SPARES):
+        for index in range(MAX_SPARES):
             names = stack.spare_part_names(target.name, index)
             upper, data, tags = (self._part(target, name) for name in names)
             if upper or data or tags:
@@ -713,9 +722,7 @@ class Engine:
 
     def _part(self, target: MappedDevice, name: str) -> MappedDevice | None:
         """The target's own mapped device ``name``; somebody else's of that name is left alone."""
-        device = self._mapper.info(name)
-        own = stack.part_uuid(target.uuid, target.name, name)
-        return device if device and device.uuid == own else None
+        return own_part(self._mapper, target.uuid, target.name, name)
 
     def _remains(self, name: str) -> list[str]:
         """Our mapped devices under ``name`` that no live target uses, upper ones first."""
@@ -737,14 +744,7 @@ class Engine:
                 yield part, bool(stack.TARGET_UUID.match(head)) and device.uuid == head + suffix
 
     def _existing(self, name: str) -> MappedDevice:
-        device = self._mapper.info(name)
-        if device is None:
-            raise DmRemapError(
-                "has vanished while it was worked on",
-                device=f"/dev/mapper/{name}",
-                remedy="look at what else manages device-mapper devices, and run this again",
-            )
-        return device
+        return existing(self._mapper, name)
 
     # Targets
 
@@ -805,7 +805,7 @@ class Engine:
         index, metadata = _index_of(plan, action.device), _metadata_of(plan)
         geometry = geometry_of(metadata, index)
         info = plan.spares[index]
-        name, prefix = plan.name, _dm_uuid(metadata)
+        name = plan.name
         pieces = (
             (stack.tags_name(name, index), "tags", geometry.tag_start, geometry.tag_sectors),
             (stack.data_name(name, index), "data", geometry.data_start, geometry.data_sectors),
@@ -813,10 +813,7 @@ class Engine:
         below = {}
         for device_name, role, start, length in pieces:
             segment = Segment(0, length, "linear", f"{info.devno} {start}")
-            self._mapper.create(
-                device_name, f"{prefix}-spare{index}-{role}", [segment], private=True
-            )
-            below[role] = self._existing(device_name).devno
+            below[role] = self._create_part(metadata, name, device_name, [segment])
         block_bytes = metadata.config["block_sectors"] * SECTOR_BYTES
         options = [
             f"meta_device:{below['tags']}",
@@ -825,19 +822,18 @@ class Engine:
             f"block_size:{block_bytes}",
         ]
         params = f"{below['data']} 0 - J {len(options)} {' '.join(options)}"
-        self._mapper.create(
+        self._create_part(
+            metadata,
+            name,
             stack.spare_name(name, index),
-            f"{prefix}-spare{index}",
             [Segment(0, geometry.data_sectors, "integrity", params)],
-            private=True,
         )
 
     def _do_deactivate_spare(self, plan: Plan, action: planner.Action) -> None:
         upper = action.details["name"]
         uuid_of_target = _dm_uuid(_metadata_of(plan))
         for name in (upper, f"{upper}-data", f"{upper}-tags"):
-            device = self._mapper.info(name)
-            if device and device.uuid == stack.part_uuid(uuid_of_target, plan.name, name):
+            if own_part(self._mapper, uuid_of_target, plan.name, name):
                 self._mapper.remove(name)
 
     def _do_add_spare(self, plan: Plan, action: planner.Action) -> None:
@@ -845,9 +841,9 @@ class Engine:
         entry = _metadata_of(plan).config["spares"][index]
         new = self._with_entry(target.metadata, index, entry)
         current = target.metadata
-        infos = {spare.index: spare.candidate.info for spare in target.spares}
+        devices = {**target.spare_infos, index: plan.spares[index]}
         with contextlib.ExitStack() as members:
-            opened = self._open_members(members, {**infos, index: plan.spares[index]})
+            opened = self._open_members(members, devices)
             # First the new one alone: a spare that others name is never without metadata.
             alone = {index: opened.pop(index)}
             prepared = copies.prepare_commit(alone, current, new, {index})
@@ -858,12 +854,7 @@ class Engine:
 
     def _do_remove_spare(self, plan: Plan, action: planner.Action) -> None:
         target, index = self.require(plan.name), action.details["index"]
-        new = self._with_entry(target.metadata, index, None)
-        infos = {s.index: s.candidate.info for s in target.spares if s.index != index}
-        with contextlib.ExitStack() as members:
-            opened = self._open_members(members, infos)
-            self._commit(target, opened, target.metadata, new)
-        self.backup(new)
+        self._commit_alone(target, self._with_entry(target.metadata, index, None), without=index)
         left = tuple(spare for spare in target.spares if spare.index != index)
         if target.main is None:
             # The freezing devices may hand flushes to the spare that goes.
@@ -888,8 +879,8 @@ class Engine:
     ) -> list[RemappedChunk]:
         """Move all chunks off a spare, some in each freeze."""
         target, index = self.require(plan.name), action.details["index"]
-        self._check_freezing_names(target)
-        _lock_memory()
+        self._freezer.check_names(target)
+        lock_memory()
         route = Route(
             avoid=frozenset(action.details["avoid"]),
             prefer=frozenset(action.details["prefer"]),
@@ -1022,7 +1013,7 @@ class Engine:
 
     def _do_thaw(self, plan: Plan, action: planner.Action) -> None:
         given_up = action.details.get("without", ())
-        self._end_freeze(plan.name, set(range(stack.MAX_SPARES)).difference(given_up))
+        self._end_freeze(plan.name, set(range(MAX_SPARES)).difference(given_up))
 
     def _do_tidy(self, plan: Plan, action: planner.Action) -> None:
         target = self.require(plan.name)
@@ -1031,7 +1022,7 @@ class Engine:
 
     def _resume_spares(self, target: ActiveTarget) -> None:
         """Resume spares that an interruption left suspended."""
-        for index in range(stack.MAX_SPARES):
+        for index in range(MAX_SPARES):
             device = self._part(target.device, stack.spare_name(target.name, index))
             if device and device.suspended:
                 self._mapper.swap(device.name)
@@ -1042,9 +1033,15 @@ class Engine:
         new = target.metadata.successor(
             time.time_ns(), host_id=host_id(), config={**target.metadata.config, **settings}
         )
-        infos = {spare.index: spare.candidate.info for spare in target.spares}
+        self._commit_alone(target, new)
+
+    def _commit_alone(
+        self, target: ActiveTarget, new: Metadata, without: int | None = None
+    ) -> None:
+        """Commit a generation that moves nothing to all spares, or to all but one."""
+        devices = {i: info for i, info in target.spare_infos.items() if i != without}
         with contextlib.ExitStack() as members:
-            self._commit(target, self._open_members(members, infos), target.metadata, new)
+            self._commit(target, self._open_members(members, devices), target.metadata, new)
         self.backup(new)
 
     def _do_hold_errors(self, plan: Plan, action: planner.Action) -> None:
@@ -1089,9 +1086,8 @@ class Engine:
         self._remove_parts(target.device, stack.shim_name(plan.name))
 
     def _swap_map(self, target: ActiveTarget, table: Sequence[Segment]) -> None:
-        self._mapper.load(target.map.name, table)
         with self._mapper.events() as events:
-            self._mapper.swap(target.map.name, events if target.path is None else None)
+            self._freezer.swap_map(target, table, events)
 
     def path_of(self, name: str) -> stack.PathState:
         """State of the path of a target whose errors are held.
@@ -1224,7 +1220,7 @@ class Engine:
         first = plan_for(target, expected_generation)
         upkeep = planner.plan_upkeep(target)
         self.apply(upkeep)
-        _lock_memory()
+        lock_memory()
         if upkeep.changes:
             target = self.require(name)
         plan = plan_for(target, None)
@@ -1294,7 +1290,7 @@ class Engine:
         ]
         if not chunks:
             return RemapReport(planner.remap_actions(target, (), ()))
-        self._check_freezing_names(target)
+        self._freezer.check_names(target)
         with contextlib.ExitStack() as opened:
             disks = opened.enter_context(self.opened(target, main_writable=route.to_main))
             events = opened.enter_context(self._mapper.events())
@@ -1337,9 +1333,7 @@ class Engine:
                     )
                     for spare in target.spares
                 },
-                members=self._open_members(
-                    opened, {s.index: s.candidate.info for s in target.spares}
-                ),
+                members=self._open_members(opened, target.spare_infos),
             )
 
     def open_main(self, target: ActiveTarget) -> OpenDevice:
@@ -1584,15 +1578,6 @@ class Engine:
             self._step("main_written")
         return failed
 
-    def _check_freezing_names(self, target: ActiveTarget) -> None:
-        for name in (stack.frozen_name(target.name), stack.place_name(target.name)):
-            if self._mapper.info(name) and not self._part(target.device, name):
-                raise Refused(
-                    "is a mapped device of something else, whose name the remap needs",
-                    device=f"/dev/mapper/{name}",
-                    remedy="rename or remove that device",
-                )
-
     def _salvage_chunk(
         self,
         target: ActiveTarget,
@@ -1605,8 +1590,8 @@ class Engine:
         metadata = target.metadata
         chunk_sectors = metadata.config["chunk_sectors"]
         block_sectors = metadata.config["block_sectors"]
-        start = chunk * chunk_sectors
-        length = min(chunk_sectors, metadata.config["main"]["sectors"] - start)
+        place = planner.where(metadata, chunk)
+        start, length = place["start"], place["count"]
         source = extents.place_of(metadata.extents, chunk)
         sector = source.physical * chunk_sectors if source else start
         self._progress(f"salvage chunk {chunk} of {target.name}")
@@ -1785,7 +1770,7 @@ class Engine:
             try:
                 os.setsid()
                 os.close(theirs)
-                _lock_memory()
+                lock_memory()
                 # The end of the pipe without a word is the end of the other process.
                 if not os.read(ours, 1):
                     self._end_freeze(name, disks.members)
@@ -1844,8 +1829,7 @@ class Engine:
                 if chunks:
                     self._freezer.thaw(target, target.metadata, chunks, events)
                 else:
-                    self._mapper.load(target.map.name, target.map_table(target.metadata))
-                    self._mapper.swap(target.map.name, events if target.path is None else None)
+                    self._freezer.swap_map(target, target.map_table(target.metadata), events)
             self._freezer.park(target)
         except BaseException:
             self._fail_frozen(name)
@@ -1949,7 +1933,7 @@ def _try_place(work: _Work, member: OpenDevice, geometry: Geometry) -> None:
     """
     place, block = geometry.chunk_sector(work.extent.physical), work.salvage.block_sectors
     for first, count in work.salvage.readable:
-        data = b"".join(work.salvage.block(first + i) for i in range(count))
+        data = work.salvage.blocks(first, count)
         member.write(place + first * block, data)
         if member.read(place + first * block, count * block) != data:
             raise OSError(errno.EIO, "gives back other data than was written", member.name)
@@ -1962,7 +1946,7 @@ def _write_readable(work: _Work, device: OpenDevice, metadata: Metadata) -> None
     """Write what was read of a chunk."""
     place, block = _spare_sector(work, metadata), work.salvage.block_sectors
     for first, count in work.salvage.readable:
-        data = b"".join(work.salvage.block(first + i) for i in range(count))
+        data = work.salvage.blocks(first, count)
         device.write(place + first * block, data)
 
 
@@ -1984,7 +1968,7 @@ def _check_chunk(work: _Work, device: OpenDevice, metadata: Metadata) -> None:
     """
     place, block = _spare_sector(work, metadata), work.salvage.block_sectors
     for first, count in work.salvage.readable:
-        data = b"".join(work.salvage.block(first + i) for i in range(count))
+        data = work.salvage.blocks(first, count)
         if device.read(place + first * block, count * block) != data:
             raise OSError(errno.EIO, "gives back other data than was written", device.name)
 
@@ -2047,7 +2031,7 @@ def _report(work: _Work, reason: str) -> RemappedChunk:
         spare_chunk=place.physical if place else None,
         recovered_first_read=work.salvage.count(Outcome.FIRST_READ),
         recovered_on_retry=work.salvage.count(Outcome.RETRY),
-        lost=extents.without_sectors(work.lost, work.known),
+        lost=subtract_ranges(work.lost, work.known),
         lost_before=[item for piece in work.known for item in intersect_ranges(work.lost, piece)],
         origin=work.source.spare if work.source else None,
         moved=not reason,
@@ -2092,6 +2076,6 @@ def _shown(ranges: Sequence[tuple[int, int]]) -> str:
     return f"{text} and {count_of(more, 'more range')}" if more else text
 
 
-def _lock_memory() -> None:
+def lock_memory() -> None:
     """Keep this process in memory: its pages may live on the disk whose flushes will wait."""
     ctypes.CDLL(None, use_errno=True).mlockall(_MCL_CURRENT | _MCL_FUTURE)

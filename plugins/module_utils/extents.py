@@ -56,6 +56,8 @@ def place_of(extents: Sequence[Extent], chunk: int) -> Extent | None:
 
 def without(extents: Iterable[Extent], chunks: Collection[int]) -> list[Extent]:
     """The extents less some logical chunks."""
+    if not chunks:
+        return list(extents)
     cut = sorted(set(chunks))
     kept = []
     for extent in extents:
@@ -125,26 +127,3 @@ def runs(numbers: Iterable[int]) -> list[tuple[int, int]]:
         else:
             found.append((number, 1))
     return found
-
-
-def without_sectors(
-    ranges: Iterable[tuple[int, int]], holes: Iterable[tuple[int, int]]
-) -> list[tuple[int, int]]:
-    """Ranges of sectors, sorted and joined, less other ones."""
-    kept = []
-    merged = merge_sectors(holes)
-    position = 0
-    for start, count in merge_sectors(ranges):
-        end = start + count
-        while position < len(merged) and sum(merged[position]) <= start:
-            position += 1
-        for hole in range(position, len(merged)):
-            first, length = merged[hole]
-            if first >= end:
-                break
-            if start < first:
-                kept.append((start, first - start))
-            start = max(start, first + length)
-        if start < end:
-            kept.append((start, end - start))
-    return kept

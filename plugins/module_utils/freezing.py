@@ -11,14 +11,14 @@ ends by itself, and what waited fails.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 from . import extents, mapping, stack
 from .devmapper import MappedDevice, Segment
-from .errors import DmRemapError
+from .errors import DmRemapError, Refused
 from .format import Metadata
-from .planner import ActiveTarget
+from .planner import ActiveTarget, where
 
 # How long I/O to a frozen chunk waits at most before it fails, if nobody gives another time.
 FREEZE_SECONDS = 120.0
@@ -58,6 +58,26 @@ class Freezer:
         self._mapper = mapper
         self._step = step
 
+    def check_names(self, target: ActiveTarget) -> None:
+        """Check, before anything is changed, that the freezing devices can have their names.
+
+        Raises:
+            Refused: a mapped device of something else has one.
+        """
+        for part in (stack.frozen_name(target.name), stack.place_name(target.name)):
+            self._look_at(target, part)
+
+    def _look_at(self, target: ActiveTarget, part: str) -> MappedDevice | None:
+        """A part of the target, or None; a device of something else is refused."""
+        device = self._mapper.info(part)
+        if device and device.uuid != stack.part_uuid(target.device.uuid, target.name, part):
+            raise Refused(
+                "is a mapped device of something else, whose name the remap needs",
+                device=f"/dev/mapper/{part}",
+                remedy="rename or remove that device",
+            )
+        return device
+
     def freeze(
         self, target: ActiveTarget, chunks: Sequence[int], seconds: float, events: Any
     ) -> None:
@@ -74,12 +94,12 @@ class Freezer:
         self._put(target, place, stack.place_table(nowhere, target.carrier))
         self._step("place_set")
         sectors = sum(length for _devno, _sector, length in nowhere)
-        below = self._existing(place).devno
+        below = existing(self._mapper, place).devno
         self._put(target, frozen, stack.frozen_table(sectors, below, int(seconds * 1000)))
         self._step("delay_set")
         positions = {chunk: position for position, chunk in enumerate(chunks)}
-        devno = self._existing(frozen).devno
-        self._swap_map(target, target.map_table(target.metadata, positions, devno), events)
+        devno = existing(self._mapper, frozen).devno
+        self.swap_map(target, target.map_table(target.metadata, positions, devno), events)
         self._step("frozen")
 
     def thaw(
@@ -102,7 +122,7 @@ class Freezer:
         self._step("place_final")
         self._release(frozen, place)
         self._step("thawed")
-        self._swap_map(target, target.map_table(metadata), events)
+        self.swap_map(target, target.map_table(metadata), events)
         self._step("swapped")
 
     def park(self, target: ActiveTarget, anew: bool = False) -> None:
@@ -119,7 +139,7 @@ class Freezer:
         exists = self._mapper.info(place) is not None
         if not is_parked(self._mapper, target) or (anew and exists):
             self._put(target, place, stack.place_table([], target.carrier))
-            below = self._existing(place).devno
+            below = existing(self._mapper, place).devno
             self._put(target, frozen, stack.whole_table(stack.CARRIER_SECTORS, below))
             self._step("parked")
 
@@ -138,53 +158,65 @@ class Freezer:
     def _release(self, frozen: str, place: str) -> None:
         # A suspended delay hands on what it delays, and the new table delays nothing.
         sectors = sum(segment.length for segment in self._mapper.table(frozen))
-        self._mapper.load(frozen, stack.whole_table(sectors, self._existing(place).devno))
+        self._mapper.load(frozen, stack.whole_table(sectors, existing(self._mapper, place).devno))
         self._mapper.swap(frozen)
 
-    def _swap_map(self, target: ActiveTarget, table: Sequence[Segment], events: Any) -> None:
+    def swap_map(self, target: ActiveTarget, table: Sequence[Segment], events: Any) -> None:
+        """Give the map a table.
+
+        Args:
+            target: the target.
+            table: the new table.
+            events: what `DeviceMapper.events` gave.
+        """
         self._mapper.load(target.map.name, table)
         # Only the target itself is known to udev by its content.
         self._mapper.swap(target.map.name, events if target.path is None else None)
 
     def _put(self, target: ActiveTarget, part: str, table: Sequence[Segment]) -> None:
         """Give a part its table, and create it where it does not exist."""
-        device = self._mapper.info(part)
-        uuid = stack.part_uuid(target.device.uuid, target.name, part)
-        if device is not None and device.uuid != uuid:
-            raise DmRemapError(
-                "is a mapped device of something else, whose name the remap needs",
-                device=f"/dev/mapper/{part}",
-                remedy="rename or remove that device",
-            )
-        if device is None:
+        if self._look_at(target, part) is None:
+            uuid = stack.part_uuid(target.device.uuid, target.name, part)
             self._mapper.create_unannounced(part, uuid, table)
             return
         self._mapper.load(part, table)
         self._mapper.swap(part)
 
-    def _existing(self, name: str) -> MappedDevice:
-        device = self._mapper.info(name)
-        if device is None:
-            raise DmRemapError(
-                "has vanished while it was worked on",
-                device=f"/dev/mapper/{name}",
-                remedy="look at what else manages device-mapper devices, and run this again",
-            )
-        return device
+
+def existing(mapper: Tables, name: str) -> MappedDevice:
+    """The mapped device ``name``.
+
+    Raises:
+        DmRemapError: there is none any more.
+    """
+    device = mapper.info(name)
+    if device is None:
+        raise DmRemapError(
+            "has vanished while it was worked on",
+            device=f"/dev/mapper/{name}",
+            remedy="look at what else manages device-mapper devices, and run this again",
+        )
+    return device
+
+
+def own_part(mapper: Tables, target_uuid: str, name: str, part: str) -> MappedDevice | None:
+    """A target's own mapped device; somebody else's of that name is left alone.
+
+    Args:
+        mapper: device-mapper.
+        target_uuid: device-mapper UUID of the target.
+        name: the target's name.
+        part: the device's name.
+    """
+    device = mapper.info(part)
+    own = stack.part_uuid(target_uuid, name, part)
+    return device if device and device.uuid == own else None
 
 
 def _own_parts(mapper: Tables, target: ActiveTarget) -> list[MappedDevice | None]:
     """The map and the freezing devices; None for one that does not exist or is somebody else's."""
-    found = []
-    for part in (
-        target.map.name,
-        stack.frozen_name(target.name),
-        stack.place_name(target.name),
-    ):
-        device = mapper.info(part)
-        own = stack.part_uuid(target.device.uuid, target.name, part)
-        found.append(device if device and device.uuid == own else None)
-    return found
+    parts = (target.map.name, stack.frozen_name(target.name), stack.place_name(target.name))
+    return [own_part(mapper, target.device.uuid, target.name, part) for part in parts]
 
 
 def is_parked(mapper: Tables, target: ActiveTarget) -> bool:
@@ -206,20 +238,16 @@ def is_parked(mapper: Tables, target: ActiveTarget) -> bool:
 
 def _lengths(metadata: Metadata, chunks: Sequence[int]) -> list[int]:
     """Sectors of the chunks; the target's last one may be short."""
-    chunk_sectors = metadata.config["chunk_sectors"]
-    total = metadata.config["main"]["sectors"]
-    return [min(chunk_sectors, total - chunk * chunk_sectors) for chunk in chunks]
+    return [where(metadata, chunk)["count"] for chunk in chunks]
 
 
 def place_of(target: ActiveTarget, metadata: Metadata, chunk: int) -> tuple[str, int]:
     """Device number and first sector of a chunk; no device where its spare is not active."""
     chunk_sectors = metadata.config["chunk_sectors"]
-    extent = extents.find(metadata.extents, chunk)
-    if extent is None:
+    place = extents.place_of(metadata.extents, chunk)
+    if place is None:
         return target.upper_main, chunk * chunk_sectors
-    spares: Mapping[int, str] = target.spare_devnos
-    offset = (extent.physical + chunk - extent.logical) * chunk_sectors
-    return spares.get(extent.spare, ""), offset
+    return target.spare_devnos.get(place.spare, ""), place.physical * chunk_sectors
 
 
 def held_chunks(target: ActiveTarget) -> list[int]:

@@ -10,7 +10,6 @@ target that waits for the reflex.
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import json
 import logging
 import logging.handlers
@@ -23,14 +22,13 @@ import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from .engine import Engine
+from .engine import Engine, lock_memory
 from .errors import DmRemapError
 from .format import Metadata
 from .reflex import INSTANCE, Reflex, Reports, wake_up
 from .service import HEALER_SOCKET, notify
 from .tracing import TraceInstance
 
-_MCL_CURRENT, _MCL_FUTURE = 1, 2
 # Any real-time priority is above all that has none.
 _PRIORITY = 10
 
@@ -134,8 +132,7 @@ def _logging() -> Iterator[None]:
 
 def _come_first() -> None:
     """Stay in memory, and run before all that waits for this process, as multipathd does."""
-    # A page of this process may be on the disk that waits for it.
-    ctypes.CDLL(None, use_errno=True).mlockall(_MCL_CURRENT | _MCL_FUTURE)
+    lock_memory()
     try:
         os.sched_setscheduler(0, os.SCHED_RR, os.sched_param(_PRIORITY))
     except OSError as error:

@@ -11,6 +11,8 @@ from bisect import bisect_right
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
+from . import extents
+
 FILE, METADATA, FREE, UNKNOWN = "file", "metadata", "free", "unknown"
 
 _PATH = "/usr/sbin:/usr/bin:/sbin:/bin"
@@ -80,13 +82,7 @@ class Ranges:
 
 def runs(numbers: Iterable[int]) -> list[tuple[int, int]]:
     """Numbers as ranges (first, count), sorted and joined."""
-    joined: list[tuple[int, int]] = []
-    for number in sorted(set(numbers)):
-        if joined and number == sum(joined[-1]):
-            joined[-1] = (joined[-1][0], joined[-1][1] + 1)
-        else:
-            joined.append((number, 1))
-    return joined
+    return extents.runs(sorted(set(numbers)))
 
 
 def inside(wanted: Sequence[int], start: int, count: int) -> Sequence[int]:

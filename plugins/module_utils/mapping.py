@@ -7,8 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 
-from . import extents as runs
 from .devmapper import Segment
+from .extents import without
 from .format import Extent
 
 
@@ -62,7 +62,7 @@ def _chunk_runs(
     spares: Mapping[int, str],
     frozen_device: str,
 ) -> Iterable[tuple[int, int, str, int]]:
-    for extent in runs.without(extents, held):
+    for extent in without(extents, held):
         yield extent.logical, extent.length, spares.get(extent.spare, ""), extent.physical
     for chunk, position in held.items():
         yield chunk, 1, frozen_device, position

@@ -14,7 +14,9 @@ from . import copies, extents, pool
 from .blockdev import OWN_SIGNATURE, DeviceInfo
 from .devmapper import MappedDevice, Segment, check_name
 from .errors import DmRemapError, Refused, StaleGeneration, count_of
+from .events import subtract_ranges
 from .format import (
+    MAX_SPARES,
     NO_DIGEST,
     Diagnosis,
     Extent,
@@ -25,7 +27,7 @@ from .format import (
     plan_geometry,
 )
 from .mapping import build_table, describe_table
-from .stack import CARRIER_SECTORS, MAX_SPARES, PathState, spare_name, spare_part_names
+from .stack import CARRIER_SECTORS, PathState, spare_name, spare_part_names
 
 SECTOR_BYTES = 512
 MIN_CHUNK_BYTES = 4096
@@ -147,6 +149,11 @@ class ActiveTarget:
     def metadata(self) -> Metadata:
         """The target's metadata."""
         return self.choice.metadata
+
+    @property
+    def spare_infos(self) -> dict[int, DeviceInfo]:
+        """The devices of the spares that can be used, by index."""
+        return {spare.index: spare.candidate.info for spare in self.spares}
 
     @property
     def spare_devnos(self) -> dict[int, str]:
@@ -851,7 +858,7 @@ def _wanted_shim(request: Request, main: DeviceInfo) -> str:
 
 def plan_upkeep(target: ActiveTarget) -> Plan:
     """Plan what an active target needs to be whole: end an interrupted remap, repair copies."""
-    spares = {spare.index: spare.candidate.info for spare in target.spares}
+    spares = target.spare_infos
     actions = _repairs(target.choice, spares, target.choice.missing)
     if target.frozen or target.map.suspended:
         actions.append(Action("thaw", target.name))
@@ -932,7 +939,7 @@ def plan_absent(
                 remedy="unmount it and close what uses it",
             )
         metadata = target.metadata
-        spares = {spare.index: spare.candidate.info for spare in target.spares}
+        spares = target.spare_infos
         gone = [
             *(_deactivation(name, lost.index, lost.path) for lost in target.lost_spares),
             *(_deactivation(name, stray.index, stray.path) for stray in target.strays),
@@ -1155,7 +1162,7 @@ def _moving(
 ) -> Plan:
     """The plan with these actions, which move chunks, and one commit."""
     metadata = after = target.metadata
-    spares = {spare.index: spare.candidate.info for spare in target.spares}
+    spares = target.spare_infos
     if moves:
         after = with_moves(replace(metadata, generation=metadata.generation + 1), moves, lost)
         commit = Action("commit_metadata", target.name, {"generation": after.generation})
@@ -1185,7 +1192,7 @@ def with_moves(
         lost: all lost sectors of these chunks, as pairs of first sector and count.
     """
     chunk_sectors = metadata.config["chunk_sectors"]
-    known = extents.without_sectors(
+    known = subtract_ranges(
         [(item.sector, item.count) for item in metadata.lost],
         [(chunk * chunk_sectors, chunk_sectors) for chunk in moves],
     )
@@ -1548,7 +1555,7 @@ def _additions(
     """Actions that add spares, and the metadata and the devices with all old and new ones."""
     metadata, name = target.metadata, target.name
     entries = list(metadata.config["spares"])
-    spares = {spare.index: spare.candidate.info for spare in target.spares}
+    spares = target.spare_infos
     _check_number(target, change)
     prepared: list[Action] = []
     activated: dict[int, DeviceInfo] = {}
@@ -1722,7 +1729,7 @@ def _emptying(
 def _inside(
     ranges: Sequence[tuple[int, int]], windows: Sequence[tuple[int, int]]
 ) -> list[tuple[int, int]]:
-    return extents.without_sectors(ranges, extents.without_sectors(ranges, windows))
+    return subtract_ranges(ranges, subtract_ranges(ranges, windows))
 
 
 def _ranges_text(ranges: Sequence[tuple[int, int]], shown: int = 8) -> str:

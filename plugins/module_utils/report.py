@@ -41,7 +41,7 @@ def describe_target(target: ActiveTarget) -> dict[str, Any]:
     """A target as plain data: sizes in bytes or 512-byte sectors, as the key says."""
     metadata = target.metadata
     config = metadata.config
-    spares = {spare.index: spare.candidate.info for spare in target.spares}
+    spares = target.spare_infos
     chunks = pool.capacities(
         usable_geometries(target), metadata.extents, pool.bad_places_of(metadata)
     )

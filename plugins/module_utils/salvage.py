@@ -95,8 +95,12 @@ class Salvage:
 
     def block(self, index: int) -> bytes:
         """The bytes of logical block ``index`` of the range."""
+        return self.blocks(index, 1)
+
+    def blocks(self, first: int, count: int) -> bytes:
+        """The bytes of ``count`` logical blocks of the range from block ``first`` on."""
         size = self.block_sectors * SECTOR_BYTES
-        return bytes(self.data[index * size : (index + 1) * size])
+        return bytes(self.data[first * size : (first + count) * size])
 
     @property
     def lost(self) -> list[tuple[int, int]]:

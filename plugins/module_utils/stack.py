@@ -20,10 +20,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from .devmapper import Segment
+from .format import MAX_SPARES
 
 UUID_PREFIX = "DMREMAP-"
 TARGET_UUID = re.compile(re.escape(UUID_PREFIX) + r"([0-9a-f]{32})\Z")
-MAX_SPARES = 8
 
 # Sectors of a segment that carries no data: it hands flushes to the device below.
 CARRIER_SECTORS = 8

@@ -47,7 +47,7 @@ QUICK = Patience(retries=2, backoff=0)
 @pytest.fixture(autouse=True)
 def memory_stays_unlocked(monkeypatch: pytest.MonkeyPatch) -> None:
     """Do not lock the memory of the process that runs the tests."""
-    monkeypatch.setattr(engine_module, "_lock_memory", lambda: None)
+    monkeypatch.setattr(engine_module, "lock_memory", lambda: None)
 
 
 def content(sector: int, version: int = 0) -> bytes:

@@ -13,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dm_remap.errors import Refused
+from dm_remap.events import subtract_ranges
 from dm_remap.extents import (
     MAX_RUN_CHUNKS,
     chunks_of,
@@ -22,7 +23,6 @@ from dm_remap.extents import (
     place_of,
     runs,
     without,
-    without_sectors,
 )
 from dm_remap.format import Extent
 
@@ -164,7 +164,7 @@ def test_sectors_are_taken_out_of_ranges(
     def numbers(pieces: list[tuple[int, int]]) -> set[int]:
         return {sector for start, count in pieces for sector in range(start, start + count)}
 
-    left = without_sectors(ranges, holes)
+    left = subtract_ranges(ranges, holes)
     assert numbers(left) == numbers(ranges) - numbers(holes)
     assert sorted(left) == left
     assert sum(count for _start, count in left) == len(numbers(left))

@@ -30,7 +30,7 @@ MOMENTS_A_CUT = 25
 @pytest.fixture(autouse=True)
 def memory_stays_unlocked(monkeypatch: pytest.MonkeyPatch) -> None:
     """Do not lock the memory of the process that runs the tests."""
-    monkeypatch.setattr(engine_module, "_lock_memory", lambda: None)
+    monkeypatch.setattr(engine_module, "lock_memory", lambda: None)
 
 
 @dataclass

@@ -40,7 +40,7 @@ NEW = "/dev/new"
 @pytest.fixture(autouse=True)
 def memory_stays_unlocked(monkeypatch: pytest.MonkeyPatch) -> None:
     """Do not lock the memory of the process that runs the tests, and drain in small steps."""
-    monkeypatch.setattr(engine_module, "_lock_memory", lambda: None)
+    monkeypatch.setattr(engine_module, "lock_memory", lambda: None)
     monkeypatch.setattr(planner, "DRAIN_CHUNKS", 2)
 
 
