@@ -19,7 +19,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from typing import IO, Any, Protocol
 
-from . import blockdev, copies, extents, files, mapping, planner, stack
+from . import backups, blockdev, copies, extents, files, mapping, planner, stack
 from .blockdev import SECTOR_BYTES, DeviceInfo
 from .devmapper import DeviceMapper, MappedDevice, Segment, check_name
 from .errors import DmRemapError, Refused, count_of
@@ -31,7 +31,6 @@ from .format import (
     Geometry,
     Metadata,
     geometry_of,
-    pack_slot,
     spare_uuid_of,
 )
 from .freezing import FREEZE_SECONDS, Freezer, existing, held_chunks, is_parked, own_part
@@ -50,8 +49,6 @@ from .probing import MEDIUM_ERRORS, answers, answers_at
 from .salvage import Outcome, Patience, Salvage, Unfinished, begin, salvage
 
 LOCK_DIR = "/run/dm-remap"
-BACKUP_DIR = "/var/lib/dm-remap/backup"
-BACKUPS_KEPT = 16
 # How long the kernel holds failed I/O that nobody heals.
 HOLD_SECONDS = 120
 
@@ -376,7 +373,7 @@ class Engine:
         step: Callable[[str], None] | None = None,
         progress: Callable[[str], None] | None = None,
         lock_dir: str = LOCK_DIR,
-        backup_dir: str = BACKUP_DIR,
+        backup_dir: str = backups.FOLDER,
         guard: bool = False,
     ) -> None:
         self._mapper: Mapper = mapper or DeviceMapper()
@@ -384,7 +381,7 @@ class Engine:
         self._step = step or (lambda name: None)
         self._progress = progress or (lambda text: None)
         self._lock_dir = lock_dir
-        self._backup_dir = backup_dir
+        self._backups = backups.Backups(backup_dir)
         self._guard = guard
         self._freezer = Freezer(self._mapper, self._step)
         # Spares that did not take the last generation, by target.
@@ -1855,26 +1852,10 @@ class Engine:
 
     def backup(self, metadata: Metadata) -> None:
         """Keep the metadata on the host too; a backup that fails costs no remap."""
-        folder = os.path.join(self._backup_dir, str(metadata.target_uuid))
-        index = next(i for i, spare in enumerate(metadata.config["spares"]) if spare)
-        raw = pack_slot(
-            metadata,
-            spare_uuid_of(metadata, index),
-            geometry_of(metadata, index).spare_sectors,
-            copy_index=0,
-        )
         try:
-            os.makedirs(folder, mode=0o700, exist_ok=True)
-            path = os.path.join(folder, f"{metadata.generation:020d}.slot")
-            with open(path + ".new", "wb") as file:
-                file.write(raw)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(path + ".new", path)
-            for old in sorted(os.listdir(folder))[:-BACKUPS_KEPT]:
-                os.unlink(os.path.join(folder, old))
+            self._backups.keep(metadata)
         except OSError as error:
-            self._progress(f"no backup in {folder}: {error}")
+            self._progress(f"no backup in {self._backups.folder}: {error}")
 
 
 def host_id() -> uuid.UUID:

@@ -1296,8 +1296,7 @@ def warnings_of(choice: copies.Choice) -> tuple[str, ...]:
 
 def pool_warnings(metadata: Metadata, geometries: Mapping[int, Geometry]) -> tuple[str, ...]:
     """What the user should know of the room on the spares."""
-    bad = pool.bad_places_of(metadata)
-    there = pool.whole(pool.capacities(geometries, metadata.extents, bad).values())
+    there = pool.pool_of(metadata, geometries)
     warning = pool.warning_of(there, pool.thresholds_of(metadata.config))
     return (f"{metadata.config['name']}: {warning}",) if warning else ()
 
