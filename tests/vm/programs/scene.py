@@ -35,6 +35,13 @@ def answer(result: Any) -> None:
     print(json.dumps(result), flush=True)
 
 
+def peak_bytes() -> int:
+    """The most memory that this process has had in use."""
+    with open("/proc/self/status", encoding="ascii") as lines:
+        words = next(line.split() for line in lines if line.startswith("VmHWM:"))
+    return int(words[1]) * 1024
+
+
 def pattern(seed: int, sector: int, count: int = 1) -> bytes:
     """Content of ``count`` sectors from ``sector`` on: each holds its number and the seed."""
     return b"".join(
