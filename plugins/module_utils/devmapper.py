@@ -9,10 +9,11 @@ import ctypes
 import errno
 import os
 import re
+import threading
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Callable
 
 from .errors import DmRemapError, MissingKernelFeature
 
@@ -27,6 +28,8 @@ _LIST_VERSIONS, _MESSAGE = 16, 17
 # dm_target_spec of linux/dm-ioctl.h, "major:minor sector" and padding.
 _ANSWER_BYTES = 16 * 1024
 _LINE_BYTES = 40 + 48
+
+_SWAP_BEGINS_SECONDS = 0.02
 
 _QUEUE_TIMEOUT = "/sys/module/dm_multipath/parameters/queue_if_no_path_timeout_secs"
 
@@ -332,6 +335,34 @@ class DeviceMapper:
                 cookie_set = self._library.dm_task_set_cookie(task, ctypes.byref(events), 0)
                 self._check(cookie_set, name, "announce")
             self._run(task, name, "resume")
+
+    def swap_while(self, name: str, meanwhile: Callable[[], None], events: Any = None) -> None:
+        """Like `swap`, for a device with I/O in flight that only ``meanwhile`` brings to an end.
+
+        New I/O waits until the table is live, as in every swap, and so also while that is called.
+
+        Args:
+            name: the mapped device.
+            meanwhile: called again and again until the swap is done.
+            events: what `events` gave.
+        """
+        failures: list[BaseException] = []
+
+        def run() -> None:
+            try:
+                self.swap(name, events)
+            except BaseException as error:
+                failures.append(error)
+
+        thread = threading.Thread(target=run, name=f"swap of {name}", daemon=True)
+        thread.start()
+        # By then new I/O waits, for which the kernel takes some microseconds: no command tells.
+        thread.join(_SWAP_BEGINS_SECONDS)
+        while thread.is_alive():
+            meanwhile()
+            thread.join(_SWAP_BEGINS_SECONDS)
+        if failures:
+            raise failures[0]
 
     @contextmanager
     def events(self) -> Iterator[Any]:

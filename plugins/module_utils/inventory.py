@@ -170,7 +170,7 @@ def _layers(tables: Tables, own: Mapping[str, MappedDevice], digits: str) -> _La
 
     device, on_error = own[digits], FAIL
     hold, upper = part("hold"), part("map")
-    if hold and upper and hold.devno in tables.dependencies(device.name):
+    if hold and upper and {hold.devno, upper.devno} & {*tables.dependencies(device.name)}:
         device, on_error = upper, HOLD
     ours = {other.devno for other in own.values()}
 

@@ -26,7 +26,7 @@ from .engine import Disks, Engine, Moved
 from .errors import DmRemapError
 from .events import intersect_ranges
 from .hasty import HastyReader
-from .planner import ActiveTarget, plan_upkeep
+from .planner import ActiveTarget, degradation, plan_upkeep
 from .probing import MEDIUM_ERRORS, DeviceState, device_state, serves_requests, whole_disk
 from .report import sector_ranges
 from .salvage import Patience, Salvage, Unfinished
@@ -44,6 +44,8 @@ _ALERT_SECONDS = 2.0
 # many seconds without it is forgotten.
 _STRIKES = 50
 _CALM_SECONDS = 60.0
+# So many times it may be innocent I/O that was on its way when the path was reinstated.
+_DOUBTS = 2
 # A chunk that could be read after it failed is moved if it fails again within this time.
 _AGAIN_SECONDS = 300.0
 _REPORTS_KEPT = 10_000
@@ -83,6 +85,7 @@ class Ward:
         requests: whether the disk's errors come as requests, else they come as bios.
         lost: its main did not answer when last asked.
         missed: the kernel dropped errors, and one may have been of this target.
+        let_go: its devices are closed, because somebody else works on the target.
     """
 
     target: ActiveTarget
@@ -100,6 +103,15 @@ class Ward:
     requests: bool = True
     lost: bool = False
     missed: bool = False
+    let_go: bool = False
+
+    def close(self) -> None:
+        """Close its devices."""
+        self.closing.close()
+        if self.hasty:
+            self.hasty.close()
+            self.hasty = None
+        self.let_go = True
 
 
 @dataclass(frozen=True)
@@ -338,6 +350,7 @@ class Reflex:
             if target.path is None or target.main is None:
                 return None
             upkeep = plan_upkeep(target)
+            cut = target.cut
             if upkeep.changes:
                 self._engine.apply(upkeep)
                 target = self._engine.require(name)
@@ -355,19 +368,20 @@ class Reflex:
         if before:
             ward.errors, ward.suspects = before.errors, before.suspects
             ward.slow_until = before.slow_until
+            ward.strikes, ward.struck = before.strikes, before.struck
         ward.requests = self._requests(disk)
         if not (target.path.active and target.path.queueing):
             # What the trace says of it comes first.
             ward.alert_until = self._clock() + _ALERT_SECONDS
         self._wards[name] = ward
+        if target.cut != cut:
+            self._tell_lost_spares(ward)
         return ward
 
     def _dismiss(self, name: str) -> None:
         ward = self._wards.pop(name, None)
         if ward:
-            ward.closing.close()
-            if ward.hasty:
-                ward.hasty.close()
+            ward.close()
 
     # Healing
 
@@ -380,9 +394,10 @@ class Reflex:
             return
         with self._engine.try_locked(name) as locked:
             if not locked:
+                self._wards[name].close()
                 return
             ward: Ward | None = self._wards[name]
-            if ward and not self._engine.is_current(ward.target, ward.disks):
+            if ward and (ward.let_go or not self._engine.is_current(ward.target, ward.disks)):
                 ward = self._admit(name)
             if ward is None:
                 return
@@ -522,12 +537,18 @@ class Reflex:
         errors: Sequence[BlockError],
         moved: Moved | None = None,
         reason: str = "",
+        hit: Sequence[tuple[int, int]] = (),
     ) -> None:
         total = ward.target.metadata.config["main"]["sectors"]
         hit = [
-            piece
-            for error in errors
-            for piece in intersect_ranges([(error.sector - ward.start, error.count)], (0, total))
+            *hit,
+            *(
+                piece
+                for error in errors
+                for piece in intersect_ranges(
+                    [(error.sector - ward.start, error.count)], (0, total)
+                )
+            ),
         ]
         self._tell(
             {
@@ -564,11 +585,26 @@ class Reflex:
             if ward.errors or not (due or ward.alert_until > now):
                 continue
             try:
-                self._look_at_path(name, ward)
+                if not due or self._has_devices(name, ward):
+                    self._look_at_path(name, ward)
             except (DmRemapError, OSError, ValueError) as error:
                 log.error("%s", error)
                 self._dismiss(name)
                 self._refresh_at = min(self._refresh_at, now + _TICK_SECONDS)
+
+    def _has_devices(self, name: str, ward: Ward) -> bool:
+        """Close a target's devices while somebody else works on it, who may want to remove one.
+
+        Returns:
+            Whether they have been open all the time.
+        """
+        with self._engine.try_locked(name) as locked:
+            if not locked:
+                ward.close()
+            elif ward.let_go:
+                self._admit(name)
+                return False
+        return locked
 
     def _look_at_path(self, name: str, ward: Ward) -> None:
         now = self._clock()
@@ -588,12 +624,30 @@ class Reflex:
             if now >= ward.struck + _CALM_SECONDS:
                 ward.strikes = 0
             ward.strikes, ward.struck = ward.strikes + 1, now
+            if ward.strikes == _DOUBTS:
+                self._cut_off(ward)
             if ward.strikes < _STRIKES:
                 self._release(ward)
                 return
             # It is no bad sector of main, or the trace would have told.
             ward.strikes = 0
             self._give_up(ward, [], "its path fails again and again, and main has no error")
+
+    def _cut_off(self, ward: Ward) -> None:
+        """Let what is on spares that are lost fail by itself, if that is what fails the path.
+
+        All that is needed for it is known, also if the only spare is the one.
+        """
+        seen = self._engine.look_at_spares(ward.target)
+        if seen.unavailable != seen.cut:
+            self._engine.cut_off(seen)
+            ward.target = replace(seen, cut=seen.unavailable)
+            self._tell_lost_spares(ward)
+
+    def _tell_lost_spares(self, ward: Ward) -> None:
+        if ward.target.unavailable:
+            reason = "; ".join(degradation(ward.target))
+            self._report(ward, "spare_lost", [], reason=reason, hit=ward.target.unavailable)
 
 
 @contextlib.contextmanager

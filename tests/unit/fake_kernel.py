@@ -842,6 +842,24 @@ class Kernel:
         for request in waiting:
             self._serve(request, device.devno)
 
+    @contextlib.contextmanager
+    def swap_begun(self, name: str) -> Iterator[bool]:
+        """New I/O waits, as in a swap that itself waits for what is in flight, if anything is.
+
+        Whoever began it may be killed, or give it up by an error: then nothing was swapped.
+        """
+        device = self.mapped[name]
+        device.suspended = bool(self._below(name))
+        try:
+            yield device.suspended
+        except BaseException:
+            device.suspended = False
+            waiting, device.waiting[:] = list(device.waiting), []
+            for request in waiting:
+                self._serve(request, device.devno)
+            raise
+        device.suspended = False
+
     def message(self, name: str, text: str) -> None:
         """A message to a multipath target."""
         device = self.mapped[name]
@@ -1040,6 +1058,17 @@ class Mapper:
     def swap(self, name: str, events: None = None) -> None:
         self._device(name)
         self._run("swap", name, lambda: self._process.kernel.resume(name))
+
+    def swap_while(self, name: str, meanwhile: Callable[[], None], events: None = None) -> None:
+        def swap() -> None:
+            kernel = self._process.kernel
+            with kernel.swap_begun(name) as waits:
+                if waits:
+                    meanwhile()
+            kernel.resume(name)
+
+        self._device(name)
+        self._run("swap", name, swap)
 
     def clear(self, name: str) -> None:
         def drop() -> None:
