@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from tests.lab import Machine
+from tests.lab import Disk, Machine
 from tests.vm.conftest import DISKS
 from tests.vm.test_daemon import Guest as DaemonGuest
 from tests.vm.test_daemon import deploy
@@ -22,13 +22,40 @@ import sys
 sys.path.insert(0, "/usr/lib/dm-remap")
 from dm_remap.engine import Engine
 from dm_remap.planner import Request, plan_present
-name, main, spare, shim = sys.argv[1:]
+name, main, shim, *spares = sys.argv[1:]
 engine = Engine()
 engine.check_host()
 with engine.locked_host(), engine.locked(name):
-    seen = engine.see(name, main, [spare])
-    request = Request(name, main, (spare,), on_error="hold", shim=shim)
+    seen = engine.see(name, main, spares)
+    request = Request(name, main, tuple(spares), on_error="hold", shim=shim)
     engine.apply(plan_present(request, seen))
+"""
+
+# Remaps the sectors, with what is in the spares' journals written to the disks.
+REMAP = """
+import subprocess, sys
+sys.path.insert(0, "/usr/lib/dm-remap")
+from dm_remap.engine import Engine
+engine = Engine(guard=True)
+with engine.locked(sys.argv[1]):
+    engine.remap(sys.argv[1], [(int(sector), 1) for sector in sys.argv[2:]])
+for verb in "suspend", "resume":
+    subprocess.run(["dmsetup", "--noudevsync", verb, sys.argv[1] + "-spare0"], check=True)
+"""
+
+# Gives up a lost spare and what was on it, as the module `spare` does.
+GIVE_UP = """
+import sys
+sys.path.insert(0, "/usr/lib/dm-remap")
+from dm_remap.engine import Engine
+from dm_remap.planner import SpareRequest, plan_spare_absent
+engine = Engine(guard=True)
+with engine.locked_host(), engine.locked(sys.argv[1]):
+    (lost,) = engine.require(sys.argv[1]).lost_spares
+    uuid = engine.require(sys.argv[1]).metadata.config["spares"][lost.index]["uuid"]
+    seen = engine.see_spare(sys.argv[1], uuid, None, False)
+    request = SpareRequest(sys.argv[1], uuid, discard_remaps=True)
+    print(len(engine.apply(plan_spare_absent(request, seen))))
 """
 
 # An application: carries out operations, and prints `ok`, `wrong` or the error's name for each.
@@ -90,12 +117,11 @@ class Guest(DaemonGuest):
         self.name = f"data{int(self.name[4:]) + 1}"
         self.seen = self.health()["newest"]
 
-    def create(self, main: str, shim: str = "none") -> None:
+    def create(self, main: str, shim: str = "none", spares: tuple[str, ...] = ()) -> None:
         """Make this test's target and fill its beginning."""
-        spare = "spare4k" if main == "main4k" else "spare"
-        paths = [self.lab.disk(name).path for name in (main, spare)]
-        command = ["python3", "/root/create.py", self.name, *paths, shim]
-        self.lab.run(command, timeout=300)
+        spares = spares or ("spare4k" if main == "main4k" else "spare",)
+        first, *others = [self.lab.disk(name).path for name in (main, *spares)]
+        self.script("create", first, shim, *others)
         pieces = range(0, FILLED, 2048)
         assert set(self.act(*[("direct write", at, 2048, 0) for at in pieces])) == {"ok"}
 
@@ -107,6 +133,11 @@ class Guest(DaemonGuest):
             timeout=300,
         )
         return list(json.loads(done.stdout))
+
+    def script(self, name: str, *words: str) -> str:
+        """Run one of the programs above for this test's target; what it prints."""
+        command = ["python3", f"/root/{name}.py", self.name, *words]
+        return self.lab.run(command, timeout=300).stdout
 
     def do(self, what: str, sector: int, count: int, version: int = 0) -> str:
         """Carry out one operation."""
@@ -138,6 +169,8 @@ def installed(machine: Machine, tmp_path_factory: pytest.TempPathFactory) -> Ite
         machine.start()
     deploy(machine, tmp_path_factory.mktemp("deploy"))
     machine.write_file("/root/create.py", CREATE)
+    machine.write_file("/root/remap.py", REMAP)
+    machine.write_file("/root/give_up.py", GIVE_UP)
     machine.write_file("/root/application.py", APPLICATION)
     machine.write_file("/root/killer.sh", KILLER)
     yield Guest(machine)
@@ -246,6 +279,46 @@ def test_a_healer_killed_in_the_middle_goes_on(guest: Guest) -> None:
     for at in places:
         assert guest.scan(at, 64, 1) == guest.scan(at + 64, 64) == {}
     assert int(guest.unit("NRestarts")) >= int(kills)
+
+
+@pytest.mark.core
+def test_a_lost_spare_takes_down_only_what_was_on_it(guest: Guest) -> None:
+    lost, others = range(384, 640, 8), [at for at in range(0, FILLED, 8) if not 384 <= at < 640]
+    for name in ("pull0", "pull1"):
+        guest.lab.attach(Disk(name, size="64M"))
+    guest.create("main", spares=("pull0", "pull1"))
+    guest.script("remap", "384", "512")
+    guest.lab.detach("pull0")
+    # Two applications at a time: while one asks for what is lost, the other must not see an error.
+    both = " & ".join(
+        f"python3 /root/application.py {guest.path} < /root/{n} > /root/{n}.done"
+        for n in ("lost", "others")
+    )
+    asked = {
+        "lost": [("direct read", at, 8, 0) for at in lost[::4]]
+        + [("direct write", at, 8, 1) for at in lost[::8]],
+        "others": [
+            (f"direct {verb}", at, 8, 0) for at in others[::4] for verb in ("write", "read")
+        ],
+    }
+    for name, operations in asked.items():
+        guest.lab.write_file(f"/root/{name}", json.dumps(operations))
+    guest.lab.run(["sh", "-c", f"{both} & wait"], timeout=600)
+    seen = {name: json.loads(guest.lab.run(["cat", f"/root/{name}.done"]).stdout) for name in asked}
+    assert set(seen["others"]) == {"ok"}
+    assert set(seen["lost"]) == {"EIO"}
+    told = guest.event("spare_lost")
+    assert told["suspect"] == [[384, 256]]
+    assert "2 chunks" in told["message"]
+    # An error of main is healed as ever, on the other spare.
+    guest.lab.disk("main").fail([(1288, 8)], op="write")
+    assert guest.do("direct write", 1280, 64, 1) == "ok"
+    assert guest.event("remapped")["suspect"] == [[1280, 128]]
+    # The healer watches, and does not keep the spare from leaving.
+    assert guest.script("give_up") == "2\n"
+    assert guest.do("direct read", 384, 8) == "EILSEQ"
+    assert guest.act(("direct write", 384, 8, 1), ("direct read", 384, 8, 1)) == ["ok", "ok"]
+    assert guest.scan(640, 640) == guest.scan(1280, 64, 1) == {}
 
 
 @pytest.mark.soak
