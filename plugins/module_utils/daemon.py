@@ -43,7 +43,7 @@ from .report import event_files
 from .service import HEALER_SOCKET, notify
 from .stack import UUID_PREFIX
 from .threads import Worker
-from .tracing import READ, BlockError, TraceInstance, parse_lines
+from .tracing import READ, BlockError, Parser, TraceInstance
 from .watching import PROBE_ERRORS, Answer, Finding, Patience, Question, Watcher, ask, concerns
 
 BACKUP_FOLDER = "backup"
@@ -138,6 +138,7 @@ class Daemon:
         self._settings = configuration
         self._origin = origin
         self._trace = trace
+        self._parser = Parser()
         self._host = host
         self._clock = clock
         self._patience = Patience(configuration.probe_seconds, configuration.again_seconds)
@@ -392,7 +393,7 @@ class Daemon:
         except OSError as error:
             self._lose_trace(f"the trace cannot be read: {error.strerror}")
             return False
-        errors, lost = parse_lines(lines)
+        errors, lost = self._parser.split(lines)
         for failed in errors:
             self._counts["errors" if failed.request else "bios"] += 1
         if errors:

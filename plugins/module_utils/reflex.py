@@ -30,7 +30,7 @@ from .planner import ActiveTarget, degradation, plan_upkeep
 from .probing import MEDIUM_ERRORS, DeviceState, device_state, serves_requests, whole_disk
 from .report import sector_ranges
 from .salvage import Patience, Salvage, Unfinished
-from .tracing import FLUSH, WRITE, BlockError, Lost, TraceInstance, parse_line
+from .tracing import FLUSH, WRITE, BlockError, Lost, Parser, TraceInstance
 
 INSTANCE = "dm_remap_reflex"
 
@@ -219,6 +219,7 @@ class Reflex:
     ) -> None:
         self._engine = engine
         self._trace = trace
+        self._parser = Parser()
         self._tell = tell
         self._state_of = state_of
         self._disk_of = disk_of
@@ -282,7 +283,7 @@ class Reflex:
             lines = self._trace.read()
             if not lines:
                 return found
-            for item in map(parse_line, lines):
+            for item in self._parser.parse(lines):
                 # A readahead that fails is held like any read.
                 if isinstance(item, BlockError):
                     found.append(item)

@@ -67,8 +67,10 @@ def content(sector, count, version):
     return b"".join((2 * n + version).to_bytes(8, "little") * 64 for n in numbers)
 
 def act(do, sector, count, version):
-    direct = do.startswith("direct")
-    handle = os.open(sys.argv[1], os.O_RDWR | (os.O_DIRECT if direct else 0))
+    flags = os.O_DIRECT if do.startswith("direct") else 0
+    # Such a write is sent to the disk as one that must not stay in its cache.
+    flags |= os.O_DSYNC if "durable" in do else 0
+    handle = os.open(sys.argv[1], os.O_RDWR | flags)
     try:
         if do == "flush":
             os.fsync(handle)
@@ -150,6 +152,13 @@ class Guest(DaemonGuest):
                 if (event["target"], event["type"]) == (self.name, kind):
                     return event
 
+    def kinds_since(self, cursor: int) -> set[str]:
+        """The types of this test's target's events after a cursor."""
+        status, text = self.ask(f"/v1/events?after={cursor}")
+        assert status == 200, text
+        events = json.loads(text)["events"]
+        return {event["type"] for event in events if event["target"] == self.name}
+
     def scan(self, sector: int, count: int, version: int = 0) -> dict[int, str]:
         """Read blocks of 8 sectors; what is not right, by sector."""
         places = range(sector, sector + count, 8)
@@ -203,14 +212,16 @@ def test_an_application_sees_lost_sectors_only(
     guest: Guest, name: str, code: str, shim: str, held: bool
 ) -> None:
     disk = guest.lab.disk(name)
+    begun = guest.seen
     guest.create(name, shim)
     disk.fail([(1288, 8), (5128, 8)], op="read", errno=code)
-    disk.fail([(2568, 8), (3848, 8)], op="write", errno=code)
+    disk.fail([(2568, 8), (3848, 8), (6408, 8)], op="write", errno=code)
     first = {
         "direct read": guest.do("direct read", 1280, 64),
         "read": guest.do("read", 5120, 8),
         "direct write": guest.do("direct write", 2560, 64, 1),
         "write": guest.do("write", 3840, 64, 1),
+        "direct durable write": guest.do("direct durable write", 6400, 64, 1),
     }
     if held:
         assert first == {
@@ -218,6 +229,7 @@ def test_an_application_sees_lost_sectors_only(
             "read": first["read"],
             "direct write": "ok",
             "write": "ok",
+            "direct durable write": "ok",
         }
     else:
         assert {first["direct read"], first["direct write"]} == {"ENODATA"}
@@ -228,14 +240,18 @@ def test_an_application_sees_lost_sectors_only(
             pass
         while guest.do("write", 3840, 64, 1) != "ok":
             pass
+        while guest.do("direct durable write", 6400, 64, 1) != "ok":
+            pass
     assert guest.do("read", 5128, 8) in ("EIO", "EILSEQ")
     assert guest.scan(1280, 128) == {1288: "EILSEQ"}
     assert guest.scan(5120, 128) == {5128: "EILSEQ"}
-    assert guest.scan(2560, 64, 1) == guest.scan(3840, 64, 1) == {}
+    for sector in (2560, 3840, 6400):
+        assert guest.scan(sector, 64, 1) == {}
     assert guest.act(("direct write", 1288, 8, 1), ("direct read", 1288, 8, 1)) == ["ok", "ok"]
     assert guest.scan(0, 1280) == guest.scan(4096, 1024) == {}
     if held:
         assert guest.event("sectors_lost")["sectors"] in ([[1288, 8]], [[5128, 8]])
+    assert "flush_failed" not in guest.kinds_since(begun)
     health = guest.health()
     assert (health["lost_sectors"] % 16, health["failed"]) == (0, 0)
     assert "healer" not in health["troubles"]

@@ -119,12 +119,14 @@ def present(
     spares: Iterable[str],
     chunk_bytes: int | None = None,
     step: Callable[[str], None] | None = None,
+    on_error: str = "fail",
+    shim: str | None = None,
 ) -> list[str]:
     """Make the target present as the module does; the kinds of the actions that it took."""
     engine = Engine(step=step)
     engine.check_host()
     with engine.locked(name):
-        request = Request(name, main, tuple(spares), chunk_bytes, on_error="fail")
+        request = Request(name, main, tuple(spares), chunk_bytes, on_error, shim)
         plan = plan_present(request, engine.see(name, main, request.spares))
         engine.apply(plan)
     return [action.kind for action in plan.actions]
