@@ -21,7 +21,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from . import extents
+from . import extents, replacement
 from .engine import Disks, Engine, Moved
 from .errors import DmRemapError
 from .events import intersect_ranges
@@ -81,8 +81,11 @@ class Ward:
         hasty: reads main while all I/O waits.
         slow_until: until when that is not tried, because main is slow.
         requests: whether the disk's errors come as requests, else they come as bios.
-        lost: its main did not answer when last asked.
+        lost: a main of it did not answer when last asked.
         missed: the kernel dropped errors, and one may have been of this target.
+        new_disk: device number of the disk that is to replace main's; empty without one.
+        new_start: the new main's first sector there.
+        new_requests: whether that disk's errors come as requests.
     """
 
     target: ActiveTarget
@@ -100,6 +103,9 @@ class Ward:
     requests: bool = True
     lost: bool = False
     missed: bool = False
+    new_disk: str = ""
+    new_start: int = 0
+    new_requests: bool = True
 
 
 @dataclass(frozen=True)
@@ -115,6 +121,27 @@ class Injury:
     reads: frozenset[int]
     writes: frozenset[int]
     others: frozenset[int]
+
+
+def on_one_main(ward: Ward, errors: Iterable[BlockError]) -> list[BlockError]:
+    """The failed requests as if all had been on main's disk (pure).
+
+    While main is being replaced, each of the two disks serves one side of the border. What is on
+    the other side has moved since it failed, and is left out.
+    """
+    metadata = ward.target.metadata
+    border, total = replacement.copied_sectors(metadata), metadata.config["main"]["sectors"]
+    found = []
+    for error in errors:
+        new = bool(ward.new_disk) and error.devno == ward.new_disk
+        start = ward.new_start if new else ward.start
+        side = (0, border) if new else (border, total - border)
+        if error.operation == FLUSH or error.errno not in _SECTOR_ERRORS:
+            found.append(error)
+            continue
+        for first, count in intersect_ranges([(error.sector - start, error.count)], side):
+            found.append(replace(error, sector=first + ward.start, count=count))
+    return found
 
 
 def injury_of(target: ActiveTarget, start: int, errors: Iterable[BlockError]) -> Injury:
@@ -298,11 +325,12 @@ class Reflex:
     def _assign(self, error: BlockError) -> bool:
         known = False
         for ward in self._wards.values():
-            if error.devno != ward.disk:
+            if error.devno not in (ward.disk, ward.new_disk):
                 continue
             known = True
+            requests = ward.requests if error.devno == ward.disk else ward.new_requests
             # Of a disk with requests each error comes a second time, as its bio's.
-            if error.request == ward.requests and error not in ward.errors:
+            if error.request == requests and error not in ward.errors:
                 ward.errors.append(error)
                 ward.alert_until = self._clock() + _ALERT_SECONDS
         return known
@@ -356,6 +384,9 @@ class Reflex:
             ward.errors, ward.suspects = before.errors, before.suspects
             ward.slow_until = before.slow_until
         ward.requests = self._requests(disk)
+        if target.replacement:
+            ward.new_disk, ward.new_start = self._disk_of(target.replacement.devno)
+            ward.new_requests = self._requests(ward.new_disk)
         if not (target.path.active and target.path.queueing):
             # What the trace says of it comes first.
             ward.alert_until = self._clock() + _ALERT_SECONDS
@@ -386,7 +417,7 @@ class Reflex:
                 ward = self._admit(name)
             if ward is None:
                 return
-            errors, ward.errors = ward.errors, []
+            errors, ward.errors = on_one_main(ward, ward.errors), []
             begun = self._clock()
             try:
                 self._heal(ward, errors)
@@ -460,13 +491,14 @@ class Reflex:
         return self._engine.move(target, disks, chunks, self._patience, None, wanted, release)
 
     def _answers(self, ward: Ward, errors: Sequence[BlockError]) -> bool:
-        """Whether main can be asked; else its I/O stays held until it can.
+        """Whether main and what is to replace it can be asked; else I/O stays held until they can.
 
-        If it does not come back, the kernel's fail-safe ends the wait.
+        If one does not come back, the kernel's fail-safe ends the wait.
         """
         if ward.target.main is None:
             raise AssertionError("a target that is looked after has a main")
-        gone = self._state_of(ward.target.main.devno) is not DeviceState.LIVE
+        mains = [info for info in (ward.target.main, ward.target.replacement) if info]
+        gone = any(self._state_of(info.devno) is not DeviceState.LIVE for info in mains)
         if gone and not ward.lost:
             self._report(ward, "device_lost", errors)
         ward.lost = gone
@@ -529,11 +561,13 @@ class Reflex:
             for error in errors
             for piece in intersect_ranges([(error.sector - ward.start, error.count)], (0, total))
         ]
+        new = bool(ward.new_disk and errors and errors[0].devno == ward.new_disk)
+        main = ward.target.replacement if new else ward.target.main
         self._tell(
             {
                 "type": kind,
                 "target": ward.target.name,
-                "device": ward.target.main.path if ward.target.main else "",
+                "device": main.path if main else "",
                 "generation": ward.target.metadata.generation,
                 "operation": errors[0].operation if errors else "",
                 "errno": errors[0].errno if errors else 0,
