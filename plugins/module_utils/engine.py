@@ -576,6 +576,9 @@ class Engine:
         if new_main and new_main.devno in used and replaced:
             # All is on the new main, and the last commit has made it the main.
             main, over_main = new, new_main.devno
+        # Where no chunk is on main, the segment beyond the end tells that the shim is in place.
+        carried = table[-1].start >= choice.metadata.config["main"]["sectors"]
+        serves = shim and main and carried and self._mapper.dependencies(shim.name) == [main.devno]
         found = self._with_spares(
             ActiveTarget(
                 device=device,
@@ -585,7 +588,7 @@ class Engine:
                 spares=(),
                 choice=choice,
                 path=path,
-                shim=shim if shim and shim.devno in used else None,
+                shim=shim if shim and (shim.devno in used or serves) else None,
                 frozen=frozen if frozen and frozen.devno in used else None,
                 replacement=None if replaced else new,
                 new_main=None if replaced else new_main,
@@ -1303,6 +1306,15 @@ class Engine:
         hold = stack.hold_name(name)
         (status,), (table,) = self._mapper.status(hold), self._mapper.table(hold)
         return stack.path_state(status, table)
+
+    def devices_below(self, target: ActiveTarget) -> frozenset[str]:
+        """Device numbers that the target's map uses now, but for the freezing device."""
+        frozen = self._part(target.device, stack.frozen_name(target.name))
+        try:
+            used = frozenset(self._mapper.dependencies(target.map.name))
+        except DmRemapError:
+            return frozenset()
+        return used - {frozen.devno if frozen else ""}
 
     def is_current(self, target: ActiveTarget, disks: Disks) -> bool:
         """Whether a target that holds its errors is as it was observed.

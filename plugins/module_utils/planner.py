@@ -1669,7 +1669,8 @@ def change_spares(
     if not change.added and not change.removed:
         return upkeep
     check_certain(target)
-    _check_not_replacing(target, "its spares cannot be changed")
+    if change.removed:
+        _check_not_replacing(target, "no spare can be removed")
     if change.discard_remaps:
         # What they may know of the chunks on the move is given up with them.
         lost = sorted({spare.index for spare in target.lost_spares}.intersection(change.removed))
@@ -1786,7 +1787,8 @@ def _check_addition(
             device=target.name,
             remedy="activate it again with the target module first",
         )
-    _check_distinct(main, [*(spare.candidate for spare in target.spares), *change.added])
+    for one in filter(None, (main, target.replacement)):
+        _check_distinct(one, [*(spare.candidate for spare in target.spares), *change.added])
     strays = {
         part
         for stray in target.strays

@@ -86,6 +86,7 @@ class Ward:
         new_disk: device number of the disk that is to replace main's; empty without one.
         new_start: the new main's first sector there.
         new_requests: whether that disk's errors come as requests.
+        below: device numbers that its map used or may use without having another main.
     """
 
     target: ActiveTarget
@@ -106,6 +107,7 @@ class Ward:
     new_disk: str = ""
     new_start: int = 0
     new_requests: bool = True
+    below: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True)
@@ -308,8 +310,11 @@ class Reflex:
     def take(self, errors: Sequence[BlockError]) -> None:
         """Note failed requests with the targets that they concern."""
         self._note(errors)
-        if self._unknown and self._clock() >= self._refreshed_at + _TICK_SECONDS:
-            # A target may be newer than the last look.
+        if self._unknown and (
+            self._clock() >= self._refreshed_at + _TICK_SECONDS
+            or any(self._has_moved(ward) for ward in self._wards.values())
+        ):
+            # A target may be newer than the last look, or have another main since.
             complete = self.refresh()
             unknown = list(self._unknown)
             self._unknown.clear()
@@ -349,13 +354,17 @@ class Reflex:
         for name in [name for name in self._wards if name not in names]:
             self._dismiss(name)
         for name in names:
-            if name not in self._wards:
+            if name not in self._wards or self._has_moved(self._wards[name]):
                 with self._engine.try_locked(name) as locked:
                     if locked:
                         self._admit(name)
                     complete = complete and locked
         self._refresh_at = now + (_REFRESH_SECONDS if complete else _TICK_SECONDS)
         return complete
+
+    def _has_moved(self, ward: Ward) -> bool:
+        """Whether a target stands on a device that it did not use, such as a new main."""
+        return not self._engine.devices_below(ward.target) <= ward.below
 
     def _admit(self, name: str) -> Ward | None:
         """Observe a target anew and open its devices, if its errors are held."""
@@ -387,6 +396,7 @@ class Reflex:
         if target.replacement:
             ward.new_disk, ward.new_start = self._disk_of(target.replacement.devno)
             ward.new_requests = self._requests(ward.new_disk)
+        ward.below = self._engine.devices_below(target).union(target.spare_devnos.values())
         if not (target.path.active and target.path.queueing):
             # What the trace says of it comes first.
             ward.alert_until = self._clock() + _ALERT_SECONDS
@@ -477,7 +487,11 @@ class Reflex:
                 self._release(ward, drained=True)
 
         now = self._clock()
-        if waits and now >= ward.slow_until:
+        # The hasty reader knows only the old main.
+        on_new = bool(target.replacement) and (
+            min(chunks) < replacement.copied_chunks(target.metadata)
+        )
+        if waits and now >= ward.slow_until and not on_new:
             if ward.hasty is None:
                 ward.hasty = HastyReader(self._engine.open_main(target), self._clock)
             ward.hasty.begin(self._haste.budget)

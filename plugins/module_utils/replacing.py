@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import time
+import zlib
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
@@ -50,6 +51,7 @@ _FEW = 8
 _HEALING_SECONDS = 0.02
 _HEALING_TRIES = 250
 _PROGRESS_SECONDS = 5.0
+_LEAVE = "check it and run this again, or give the old main to go back"
 
 
 @dataclass(frozen=True)
@@ -213,8 +215,9 @@ class _Window:
         self.disks = disks
         self.chunks = chunks
         self.undo = undo
-        # Chunks whose data is at the destination, as far as nothing was written since.
-        self.copied: set[int] = set()
+        # Chunks whose data is at the destination, as far as nothing was written since, each with
+        # its checksum.
+        self.copied: dict[int, int] = {}
         # Chunks that must go to a spare before the window can move.
         self.bad: set[int] = set()
         metadata = target.metadata
@@ -248,6 +251,22 @@ class _Window:
     def chunks_in(self, ranges: Iterable[tuple[int, int]]) -> set[int]:
         """Chunks of the window that ranges of sectors touch."""
         return set(extents.chunks_of(ranges, self._chunk_sectors, self._total)) & set(self.chunks)
+
+    def sums(self, chunks: range, data: bytes) -> list[tuple[int, int]]:
+        """Checksums of chunks that follow each other; only the target's last one may be short."""
+        size = self._chunk_sectors * SECTOR_BYTES
+        parts = memoryview(data)
+        return [
+            (chunk, zlib.crc32(parts[index * size : (index + 1) * size]))
+            for index, chunk in enumerate(chunks)
+        ]
+
+    def copied_runs(self) -> Iterator[range]:
+        """What was copied, in runs of the size of a piece at most."""
+        limit = max(1, PIECE_BYTES // (self._chunk_sectors * SECTOR_BYTES))
+        for first, count in extents.runs(sorted(self.copied)):
+            for start in range(first, first + count, limit):
+                yield range(start, min(start + limit, first + count))
 
     def pieces(self, chunks: Iterable[int], largest: int) -> Iterator[_Piece]:
         """What is to be copied of some chunks, in pieces of at most ``largest`` bytes.
@@ -359,9 +378,13 @@ class Replacing:
                 # While nobody can move a chunk: what was written elsewhere would not be known.
                 counted = self._count(window, opened)
             written = self._copy_in_use(window, counted, opened)
+            taken = None
             if not window.bad:
                 with self._engine.locked(name):
-                    self._take(window, written)
+                    taken = self._take(window, written)
+        if taken:
+            # Without the lock, because the backup's file may wait for whoever heals the target.
+            self._engine.backup(taken)
         if window.bad:
             with self._engine.locked(name):
                 self._heal(window)
@@ -411,6 +434,8 @@ class Replacing:
                 due, written = written(), following
                 self._copy(window, due, in_use=True)
                 self._step("window_copied_again")
+            if not window.bad and not window.undo:
+                self._verify(window)
         return written
 
     def _count(self, window: _Window, counting: contextlib.ExitStack) -> Callable[[], set[int]]:
@@ -435,13 +460,14 @@ class Replacing:
             chunks: which.
             in_use: whether there is time to try hard.
         """
-        window.copied -= set(chunks)
+        for chunk in chunks:
+            window.copied.pop(chunk, None)
         for piece in window.pieces(chunks, PIECE_BYTES):
             if window.bad and not in_use:
                 return
             begun = self._clock()
             for part, data in self._read_piece(window, piece, in_use):
-                self._write_part(window, part, data)
+                self._write_part(window, part, data, check=window.undo or not in_use)
                 self._result.copied += len(data)
             if in_use:
                 self._keep_pace(piece.count * SECTOR_BYTES, begun)
@@ -480,23 +506,54 @@ class Replacing:
         found = salvage(part.source, part.sector, part.count, block, self._patience)
         return None if found.count(Outcome.LOST) else bytes(found.data)
 
-    def _write_part(self, window: _Window, part: _Piece, data: bytes) -> None:
+    def _write_part(self, window: _Window, part: _Piece, data: bytes, check: bool) -> None:
         device = window.destination
         try:
             device.write(part.start, data)
-            good = not window.undo or device.read(part.start, part.count) == data
+            good = not check or device.read(part.start, part.count) == data
         except OSError as error:
             if not window.undo or error.errno not in MEDIUM_ERRORS:
                 raise _cannot_write(device, error) from error
             good = False
         if good:
-            window.copied |= set(part.chunks)
+            window.copied.update(window.sums(part.chunks, data))
+        elif not window.undo:
+            raise _forgets(device)
         elif len(part.chunks) == 1:
             window.bad |= set(part.chunks)
         else:
             size = window.sectors(part.chunks[0])[1] * SECTOR_BYTES
             for index, single in enumerate(window.pieces(part.chunks, 1)):
-                self._write_part(window, single, data[index * size : (index + 1) * size])
+                self._write_part(window, single, data[index * size : (index + 1) * size], check)
+
+    def _verify(self, window: _Window) -> None:
+        """Read back what was copied to the new main, which is the only copy before long.
+
+        The flush comes first, so that the disk reads what it has written, and so that the one in
+        the freeze is short.
+        """
+        device = window.destination
+        self._flush(device)
+        self._step("copy_flushed")
+        for chunks in window.copied_runs():
+            start = window.sectors(chunks[0])[0]
+            count = sum(window.sectors(chunks[-1])) - start
+            try:
+                data = device.read(start, count)
+            except OSError as error:
+                raise DmRemapError(
+                    f"cannot be read where it was just written: {error.strerror or error}",
+                    device=device.name,
+                    remedy=_LEAVE,
+                ) from error
+            if any(window.copied[chunk] != found for chunk, found in window.sums(chunks, data)):
+                raise _forgets(device)
+
+    def _flush(self, device: OpenDevice) -> None:
+        try:
+            device.flush()
+        except OSError as error:
+            raise _cannot_write(device, error) from error
 
     def _keep_pace(self, size: int, begun: float) -> None:
         if self._pace.rate:
@@ -521,26 +578,30 @@ class Replacing:
 
     # The short time in which the window is frozen
 
-    def _take(self, window: _Window, written: Callable[[], set[int]]) -> None:
+    def _take(self, window: _Window, written: Callable[[], set[int]]) -> Metadata | None:
         """Freeze the window, copy what was written since, and let its new place count.
 
         The caller holds the lock. Nothing is done if the target has changed in a way that the copy
         does not know of; then the window is copied again.
+
+        Returns:
+            The generation that was committed, if one was.
         """
         name = window.target.name
         target = self._whole(name)
         if not _same_devices(target, window.target):
-            return
+            return None
         before, now = window.target.metadata, target.metadata
         if replacement.copied_chunks(now) != replacement.copied_chunks(before):
-            return
+            return None
         # Whoever has moved a chunk meanwhile, it is copied from where it is now.
         moved = {c for c in window.chunks if window.place(before, c) != window.place(now, c)}
         window.target = target
         begun = self._clock()
         attempted: set[int] = set()
-        guarded = self._tools.guarded(target, window.disks)
-        with self._tools.mapper.events() as events, guarded:
+        with contextlib.ExitStack() as kept:
+            events = kept.enter_context(self._tools.mapper.events())
+            kept.enter_context(self._tools.guarded(target, window.disks))
             try:
                 self._tools.freezer.freeze(target, window.chunks, FREEZE_SECONDS, events)
                 self._copy(window, written() | moved, in_use=False)
@@ -552,9 +613,10 @@ class Replacing:
                 raise
             self._result.pauses.append(self._clock() - begun)
             self._tools.freezer.park(target)
-        if new is not now:
-            self._result.windows += 1
-            self._engine.backup(new)
+        if new is now:
+            return None
+        self._result.windows += 1
+        return new
 
     def _commit(self, window: _Window, attempted: set[int]) -> Metadata:
         """Make the copies durable, and the generation in which they count.
@@ -563,18 +625,16 @@ class Replacing:
             window: all of it was copied.
             attempted: gets the indexes of spares that the commit was begun on.
         """
-        try:
-            window.destination.flush()
-        except OSError as error:
-            raise _cannot_write(window.destination, error) from error
+        self._flush(window.destination)
         self._step("window_flushed")
         metadata = window.target.metadata
         on_main = {c for c in window.chunks if window.place(metadata, c) is None}
-        if not on_main <= window.copied:
-            raise AssertionError(f"chunks {sorted(on_main - window.copied)} were not copied")
+        if not on_main <= window.copied.keys():
+            missing = sorted(on_main.difference(window.copied))
+            raise AssertionError(f"chunks {missing} were not copied")
         border = window.chunks.start if window.undo else window.chunks.stop
         new = replacement.advanced(
-            self._engine.successor(metadata), border, window.copied - on_main
+            self._engine.successor(metadata), border, set(window.copied) - on_main
         )
         attempted |= set(window.disks.members)
         self._engine.commit_next(window.target, window.disks, new)
@@ -635,10 +695,12 @@ def _read(device: OpenDevice, sector: int, count: int) -> bytes:
 
 def _cannot_write(device: OpenDevice, error: OSError) -> DmRemapError:
     return DmRemapError(
-        f"cannot be written: {error.strerror or error}",
-        device=device.name,
-        remedy="check it and run this again, or give the old main to go back",
+        f"cannot be written: {error.strerror or error}", device=device.name, remedy=_LEAVE
     )
+
+
+def _forgets(device: OpenDevice) -> DmRemapError:
+    return DmRemapError("gives back other data than was written", device=device.name, remedy=_LEAVE)
 
 
 def _close_counter(counter: WriteCounter) -> None:

@@ -113,13 +113,13 @@ def test_a_border_outside_the_target_is_no_metadata(copied: object) -> None:
     assert replacement.chunks_in_all(half()) == 21
     config = {**half().config, "replacement": {**half().config["replacement"], "copied": copied}}
     with pytest.raises(fmt.BadMetadata, match=r"replacement\.copied"):
-        _ = replace(half(), config=config).body
+        assert replace(half(), config=config).body
 
 
 @pytest.mark.parametrize("value", [None, [], {"copied": 0}, {"copied": 0, "main": "disk"}])
 def test_a_replacement_without_a_main_is_no_metadata(value: object) -> None:
     with pytest.raises(fmt.BadMetadata, match="new main"):
-        _ = replace(half(), config={**half().config, "replacement": value}).body
+        assert replace(half(), config={**half().config, "replacement": value}).body
 
 
 def test_the_last_commit_makes_the_new_main_the_main() -> None:

@@ -357,24 +357,67 @@ def test_main_and_spares_are_not_changed_at_once(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("main", [NEW, OLD])
-def test_spares_are_not_changed_while_main_is_replaced(tmp_path: Path, main: str) -> None:
+def test_no_spare_is_removed_while_main_is_replaced(tmp_path: Path, main: str) -> None:
     scene = with_two_spares(tmp_path)
     interrupt(scene, NEW, "window_committed", 1)
     generation = scene.engine().require(NAME).metadata.generation
-    changes = [("/dev/spare1",), ("/dev/spare0", "/dev/spare1", "/dev/more")]
-    for spares in changes:
-        changed = replace(scene, request=replace(scene.request, spares=spares))
-        with pytest.raises(Refused, match="until that has ended its spares cannot be changed"):
-            change_main(changed, main)
+    changed = replace(scene, request=replace(scene.request, spares=("/dev/spare1",)))
+    with pytest.raises(Refused, match="until that has ended no spare can be removed"):
+        change_main(changed, main)
     engine = scene.engine()
-    for device, add in (("/dev/more", True), ("/dev/spare1", False)):
-        seen = engine.see_spare(NAME, device, None, add)
-        plan_change = plan_spare_present if add else plan_spare_absent
-        with pytest.raises(Refused, match="until that has ended its spares cannot be changed"):
-            plan_change(SpareRequest(NAME, device), seen)
+    seen = engine.see_spare(NAME, "/dev/spare1", None, False)
+    with pytest.raises(Refused, match="until that has ended no spare can be removed"):
+        plan_spare_absent(SpareRequest(NAME, "/dev/spare1"), seen)
+    seen = engine.see_spare(NAME, "/dev/more", "/dev/spare1", True)
+    with pytest.raises(Refused, match="until that has ended no spare can be removed"):
+        plan_spare_present(SpareRequest(NAME, "/dev/more", "/dev/spare1"), seen)
     assert engine.require(NAME).metadata.generation == generation
     change_main(scene, main)
     check_done(toward(scene, main))
+
+
+def add_spare(scene: Scene, path: str) -> None:
+    """What the module spare does."""
+    engine = scene.engine()
+    with engine.locked(NAME):
+        plan = plan_spare_present(
+            SpareRequest(NAME, path), engine.see_spare(NAME, path, None, True)
+        )
+        engine.apply(plan)
+    scene.request = replace(scene.request, spares=(*scene.request.spares, path))
+
+
+@pytest.mark.parametrize("main", [NEW, OLD])
+@pytest.mark.parametrize("step", ["window_copied", "window_copied_again", "copy_flushed", ""])
+def test_a_spare_may_come_while_main_is_replaced(tmp_path: Path, main: str, step: str) -> None:
+    """The pool may be full of what the copy finds, and going back to add one takes hours."""
+    scene = with_two_spares(tmp_path)
+    interrupt(scene, NEW, "window_committed", 2)
+    if not step:
+        add_spare(scene, "/dev/more")
+    before = scene.request
+    met = itertools.count()
+
+    def on_step(name: str) -> None:
+        if name == step and next(met) == 0:
+            add_spare(scene, "/dev/more")
+
+    change_main(replace(scene, request=before), main, scene.engine(step=on_step))
+    if main == OLD and step == "copy_flushed":
+        # What goes back is read back at once.
+        assert before == scene.request
+    else:
+        assert len(scene.engine().require(NAME).spares) == 3
+    check_done(toward(scene, main))
+
+
+def test_the_new_main_is_no_spare(tmp_path: Path) -> None:
+    scene = with_two_spares(tmp_path)
+    interrupt(scene, NEW, "window_committed", 0)
+    seen = scene.engine().see_spare(NAME, NEW, None, True)
+    with pytest.raises(Refused) as caught:
+        plan_spare_present(SpareRequest(NAME, NEW, wipe=True), seen)
+    assert caught.value.device == NEW
 
 
 def test_no_chunk_returns_to_a_main_that_is_replaced(tmp_path: Path) -> None:
@@ -517,7 +560,7 @@ def test_the_copy_lets_the_lock_go_between_its_steps(tmp_path: Path) -> None:
                 free.add(name)
 
     change_main(scene, NEW, scene.engine(step=on_step))
-    assert {"window_copied", "window_copied_again"} == free
+    assert {"window_copied", "window_copied_again", "copy_flushed"} == free
 
 
 @pytest.mark.parametrize("other", [NEW, OLD, None])
@@ -545,6 +588,63 @@ def test_a_new_main_that_fails_is_named_and_can_be_left(tmp_path: Path) -> None:
     with pytest.raises(DmRemapError, match="cannot be written") as caught:
         change_main(scene, NEW)
     assert caught.value.device == NEW
+    change_main(scene, OLD)
+    check_done(scene)
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.parametrize("sector", [0, 3 * CHUNK + 1, SECTORS - 1])
+def test_a_new_main_that_cannot_be_read_gets_no_commit(
+    tmp_path: Path, sector: int, frozen: bool
+) -> None:
+    """Once the old main is gone, it is the only copy."""
+    scene = damaged(tmp_path)
+    new = scene.kernel.disks[NEW]
+    new.heals = False
+    spoiled = []
+
+    def on_step(name: str) -> None:
+        if frozen and name == "copy_flushed":
+            scene.app.write(scene.kernel, sector)
+        if name == ("frozen" if frozen else REPLACE):
+            new.spoil([sector])
+            spoiled.append(name)
+
+    with pytest.raises(DmRemapError) as caught:
+        change_main(scene, NEW, scene.engine(step=on_step))
+    assert spoiled
+    assert caught.value.device == NEW
+    # A read error after it was read back is for the healing.
+    border = replacement.copied_sectors(scene.engine().require(NAME).metadata)
+    assert border <= sector
+    change_main(scene, OLD)
+    check_done(scene)
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_a_new_main_that_drops_a_write_gets_no_commit(tmp_path: Path, frozen: bool) -> None:
+    scene = damaged(tmp_path)
+    sector, dropped = 3 * CHUNK + 1, []
+    new = scene.kernel.disks[NEW]
+    write = new.write
+
+    def forgetful(start: int, data: bytes) -> None:
+        count = len(data) // SECTOR
+        if start <= sector < start + count and (not frozen or count == CHUNK):
+            dropped.append(start)
+        else:
+            write(start, data)
+
+    def on_step(name: str) -> None:
+        if frozen and name == "copy_flushed":
+            scene.app.write(scene.kernel, sector)
+
+    new.write = forgetful  # type: ignore[method-assign, assignment]
+    with pytest.raises(DmRemapError, match="other data than was written"):
+        change_main(scene, NEW, scene.engine(step=on_step))
+    assert len(dropped) == 1
+    assert replacement.copied_chunks(scene.engine().require(NAME).metadata) == 0
+    new.write = write  # type: ignore[method-assign]
     change_main(scene, OLD)
     check_done(scene)
 
@@ -578,6 +678,14 @@ def test_the_shim_moves_to_the_new_main(tmp_path: Path) -> None:
     check_done(toward(scene, NEW))
     new = scene.kernel.disks[NEW].devno
     assert below(scene.kernel.mapped[stack.shim_name(NAME)].live.segments) == [new]
+
+
+def test_a_shim_that_serves_no_chunk_is_in_place(tmp_path: Path) -> None:
+    scene = make_scene(tmp_path, sectors=SECTORS, on_error="hold")
+    scene.request = replace(scene.request, shim="raid")
+    create_held(scene)
+    scene.remap((0, SECTORS))
+    scene.check()
 
 
 def test_the_copy_keeps_to_its_rate(tmp_path: Path) -> None:
