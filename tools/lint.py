@@ -18,7 +18,7 @@ from lay_out_collection import BUILD, COPY, ROOT
 
 CORE = (
     "blockdev copies devmapper engine errors ext extents files format freezing hasty healed healer "
-    "ladder lookup mapping mounted planner pool reflex salvage stack xfs"
+    "ladder lookup mapping mounted planner pool reflex replacement replacing salvage stack xfs"
 ).split()
 GATE_SECONDS = 300
 

@@ -5,6 +5,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import errno
 import fcntl
 import json
@@ -13,6 +15,7 @@ import os
 import stat
 import struct
 import subprocess
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 
 from .errors import DmRemapError
@@ -23,6 +26,10 @@ SECTOR_BYTES = 512
 _BLKSSZGET = 0x1268
 _BLKPBSZGET = 0x127B
 _BLKZEROOUT = 0x127F
+
+# The number of the system call ioprio_set (asm/unistd.h), and what it takes (linux/ioprio.h).
+_IOPRIO_SET = {"x86_64": 251, "aarch64": 30, "riscv64": 30, "ppc64le": 273, "s390x": 282}
+_IOPRIO_WHO_PROCESS, _IOPRIO_CLASS_IDLE = 1, 3
 
 _BUFFER_BYTES = 1 << 20
 
@@ -179,6 +186,24 @@ class BlockDevice:
         ]
 
 
+@contextlib.contextmanager
+def idle_priority() -> Iterator[None]:
+    """Let this thread's I/O wait for everybody else's, where the scheduler knows priorities.
+
+    Source: linux/ioprio.h; the C library has no function for it.
+    """
+    number = _IOPRIO_SET.get(os.uname().machine)
+    if number is None:
+        yield
+        return
+    library = ctypes.CDLL(None, use_errno=True)
+    library.syscall(number, _IOPRIO_WHO_PROCESS, 0, _IOPRIO_CLASS_IDLE << 13)
+    try:
+        yield
+    finally:
+        library.syscall(number, _IOPRIO_WHO_PROCESS, 0, 0)
+
+
 def _ioctl_int(fd: int, request: int) -> int:
     buffer = bytearray(4)
     fcntl.ioctl(fd, request, buffer)
@@ -243,6 +268,36 @@ def node_of(devno: str) -> str:
         if line.startswith("DEVNAME="):
             return "/dev/" + line.partition("=")[2]
     raise DmRemapError("no such device", device=devno, remedy="check that it is still attached")
+
+
+def links_to(devno: str) -> list[str]:
+    """Links that udev has made to a device and makes again after a restart, the best first."""
+    found = []
+    for folder in ("/dev/mapper", "/dev/disk/by-id", "/dev/disk/by-partuuid", "/dev/disk/by-path"):
+        for name in _list(folder):
+            path = os.path.join(folder, name)
+            try:
+                status = os.stat(path)
+            except OSError:
+                continue
+            number = f"{os.major(status.st_rdev)}:{os.minor(status.st_rdev)}"
+            if stat.S_ISBLK(status.st_mode) and number == devno:
+                found.append(path)
+    return found
+
+
+def nodes_of_size(sizes: Collection[int]) -> list[str]:
+    """The kernel's nodes of all disks and partitions that have one of ``sizes`` in sectors.
+
+    Devices of device-mapper are left out, because who names one must do so himself.
+    """
+    found = []
+    for name in _list("/sys/class/block"):
+        folder = f"/sys/class/block/{name}"
+        size = int(_read(folder, "size") or -1)
+        if size in sizes and not os.path.isdir(os.path.join(folder, "dm")):
+            found.append(node_of(_read(folder, "dev")))
+    return found
 
 
 def signatures(path: str) -> list[str]:

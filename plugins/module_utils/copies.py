@@ -265,6 +265,7 @@ def _is_copy_of(header: Header, body: bytes, metadata: Metadata) -> bool:
     expected = metadata.body
     return (
         header.digest == metadata.digest
+        and header.features == metadata.features
         and header.target_uuid == metadata.target_uuid
         and header.generation == metadata.generation
         and header.timestamp_ns == metadata.timestamp_ns

@@ -19,7 +19,18 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from typing import IO, Any, Protocol
 
-from . import backups, blockdev, copies, extents, files, mapping, planner, stack
+from . import (
+    backups,
+    blockdev,
+    copies,
+    extents,
+    files,
+    mapping,
+    planner,
+    replacement,
+    replacing,
+    stack,
+)
 from .blockdev import SECTOR_BYTES, DeviceInfo
 from .devmapper import DeviceMapper, MappedDevice, Segment, check_name
 from .errors import DmRemapError, Refused, count_of
@@ -90,6 +101,12 @@ class Blocks(Protocol):
 
     def node_of(self, devno: str) -> str:
         """The node of a device number."""
+
+    def links_to(self, devno: str) -> list[str]:
+        """Paths of the device that outlive a restart, the best first."""
+
+    def nodes_of_size(self, sizes: Collection[int]) -> list[str]:
+        """Nodes of the devices that have one of these sizes in sectors."""
 
     def signatures(self, path: str) -> list[str]:
         """What is found on the device."""
@@ -240,14 +257,34 @@ class RemapReport:
 
 @dataclass(frozen=True)
 class Disks:
-    """Open devices of a target: main, its spares' integrity devices, and the spares themselves.
+    """Open devices of a target.
 
     Without main every chunk is on a spare, and none can be moved from or to main.
+
+    Args:
+        main: main.
+        spares: its spares' integrity devices.
+        members: the spares themselves.
+        new_main: what is to replace main, while that is under way.
     """
 
     main: OpenDevice | None
     spares: Mapping[int, OpenDevice]
     members: Mapping[int, OpenDevice]
+    new_main: OpenDevice | None = None
+
+    @property
+    def old_main(self) -> OpenDevice:
+        """Main, of a target that is known to have one."""
+        if self.main is None:
+            raise AssertionError("a target with chunks on main, or to be moved there, has a main")
+        return self.main
+
+    def main_of(self, metadata: Metadata, chunk: int) -> OpenDevice:
+        """The main that a chunk without an extent is on."""
+        if self.new_main and chunk < replacement.copied_chunks(metadata):
+            return self.new_main
+        return self.old_main
 
 
 @dataclass(frozen=True)
@@ -450,6 +487,27 @@ class Engine:
             yield
 
     @contextlib.contextmanager
+    def copying(self, name: str) -> Iterator[None]:
+        """Show that this process copies target ``name`` to another main while the block runs.
+
+        Two of them would overwrite what applications have written to the new main with what one of
+        them had read before.
+
+        Raises:
+            Refused: another process does.
+        """
+        with self._lock_file(check_name(name) + ".copy.lock") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                raise Refused(
+                    "is being copied to another main by another process",
+                    device=name,
+                    remedy="wait for it, or end it; a copy that was ended can go on or back",
+                ) from error
+            yield
+
+    @contextlib.contextmanager
     def _lock(self, name: str) -> Iterator[None]:
         with self._lock_file(name) as file:
             fcntl.flock(file, fcntl.LOCK_EX)
@@ -498,11 +556,30 @@ class Engine:
         table = tuple(self._mapper.table(upper.name))
         shim = self._part(device, stack.shim_name(name))
         frozen = self._part(device, stack.frozen_name(name))
+        new_main = self._part(device, stack.new_main_name(name))
         used = {mapping.linear_target(s)[0] for s in table if s.target == "linear"}
         own = {look.devno for look in looks if look.devno}
-        own |= {part.devno for part in (shim, frozen) if part}
+        own |= {part.devno for part in (shim, frozen, new_main) if part}
+        new = None
+        if new_main and new_main.live_table:
+            new = self._blocks.describe(self._below(new_main.name))
+        replaced = not replacement.under_way(choice.metadata)
+        if new is None and not replaced:
+            raise DmRemapError(
+                "its main is being replaced, but the new one is not where it was put",
+                device=f"/dev/mapper/{name}",
+                remedy="stop what uses the target, remove it with dmsetup, and run the target "
+                "module again",
+            )
         mains = [devno for devno in used if devno not in own] or self._lower_mains(name, own)
         main = self._blocks.describe(self._blocks.node_of(mains[0])) if mains else None
+        over_main = ""
+        if new_main and new_main.devno in used and replaced:
+            # All is on the new main, and the last commit has made it the main.
+            main, over_main = new, new_main.devno
+        # Where no chunk is on main, the segment beyond the end tells that the shim is in place.
+        carried = table[-1].start >= choice.metadata.config["main"]["sectors"]
+        serves = shim and main and carried and self._mapper.dependencies(shim.name) == [main.devno]
         found = self._with_spares(
             ActiveTarget(
                 device=device,
@@ -514,16 +591,19 @@ class Engine:
                 path=path,
                 cut=self._cut_of(device) if path else (),
                 past_hold=bool(path) and upper.devno in self._mapper.dependencies(name),
-                shim=shim if shim and shim.devno in used else None,
+                shim=shim if shim and (shim.devno in used or serves) else None,
                 frozen=frozen if frozen and frozen.devno in used else None,
+                replacement=None if replaced else new,
+                new_main=None if replaced else new_main,
             ),
             looks,
         )
-        tidy = bool(found.frozen) or is_parked(self._mapper, found)
+        settled = replacing.is_settled(self._mapper, found) and is_parked(self._mapper, found)
+        tidy = bool(found.frozen) or settled
         return replace(
             found,
             tidy=tidy and not any(look.suspended for look in looks),
-            certain=not found.lost_spares or _agrees(found),
+            certain=not found.lost_spares or _agrees(found, over_main),
         )
 
     def _with_spares(self, target: ActiveTarget, looks: Sequence[_Look]) -> ActiveTarget:
@@ -617,6 +697,11 @@ class Engine:
         """Observe what a request is about. Devices that do not exist are refused."""
         target = self.observe(name)
         remains = () if target else tuple(self._remains(name))
+        wanted = self._blocks.describe(main) if main else None
+        new_main = None
+        mains = [target.main, target.replacement] if target else []
+        if main and wanted and target and wanted.devno not in [i.devno for i in mains if i]:
+            new_main = self._candidate(main, with_signatures=True)
         candidates = [self._candidate(path, self._is_new(target, path)) for path in spares]
         if main is None:
             # An interrupted removal has left spares that nobody may have named.
@@ -627,9 +712,11 @@ class Engine:
             target=target,
             remains=remains,
             taken=() if target else tuple(self._taken(name)),
-            main=self._blocks.describe(main) if main else None,
+            main=wanted,
             candidates=tuple(candidates),
             healer=self.healer_runs(),
+            new_main=new_main,
+            others=() if target else tuple(self._other_mains(candidates)),
         )
 
     def see_spare(self, name: str, device: str, replaces: str | None, add: bool) -> SpareSeen:
@@ -654,6 +741,20 @@ class Engine:
         if add and known is None and device in devnos:
             candidate = self._candidate(device, with_signatures=True)
         return SpareSeen(target, candidate, devnos)
+
+    def _other_mains(self, candidates: Sequence[Candidate]) -> Iterator[DeviceInfo]:
+        """Devices that may be a main of the replacement that an inactive target is in."""
+        found = [copy.metadata for c in candidates for copy in c.survey.copies]
+        newest = max(found, key=lambda metadata: metadata.generation, default=None)
+        if newest is None or not replacement.under_way(newest):
+            return
+        under_way = newest.config["replacement"]
+        entries = (newest.config["main"], under_way["main"])
+        paths = [under_way["old_path"], under_way["main"]["path"]]
+        sizes = {replacement.device_sectors(entry) for entry in entries}
+        for path in (*paths, *self._blocks.nodes_of_size(sizes)):
+            with contextlib.suppress(DmRemapError):
+                yield self._blocks.describe(path)
 
     def healer_runs(self) -> bool:
         """Whether the daemon that heals held I/O runs on this host."""
@@ -957,6 +1058,10 @@ class Engine:
             self._left_out.setdefault(choice.metadata.target_uuid, set()).add(index)
             self._progress(str(error))
 
+    def _do_wipe_main(self, plan: Plan, action: planner.Action) -> None:
+        self._blocks.erase_signatures(action.device)
+        self._wipe_copies(action.device)
+
     def _do_create_target(self, plan: Plan, action: planner.Action) -> None:
         if plan.main is None:
             raise AssertionError("a plan that creates a target has a main")
@@ -973,10 +1078,112 @@ class Engine:
                 stack.shim_table(metadata.config["main"]["sectors"], main.devno),
             )
             flushed = main.devno
-        table = planner.map_table(metadata, upper_main, spares, flushed)
+        new_main = ""
+        if plan.replacement:
+            new_main = self._create_new_main(plan)
+            self._create_parked(metadata, name, main.devno)
+        table = planner.map_table(metadata, upper_main, spares, flushed, new_main=new_main)
         if metadata.config["on_error"] == planner.HOLD:
             table = self._create_hold(metadata, name, table, main.devno)
         self._mapper.create(name, _dm_uuid(metadata), table, private=False)
+
+    def _create_new_main(self, plan: Plan) -> str:
+        """Create the device over the new main; its device number."""
+        if plan.replacement is None:
+            raise AssertionError("only for plans with a new main")
+        metadata = _metadata_of(plan)
+        return self._create_part(
+            metadata,
+            plan.name,
+            stack.new_main_name(plan.name),
+            stack.whole_table(metadata.config["main"]["sectors"], plan.replacement.devno),
+        )
+
+    def _create_parked(self, metadata: Metadata, name: str, carrier: str) -> None:
+        """Create the freezing devices, which hold main even when the map does not use it."""
+        place = self._create_part(
+            metadata, name, stack.place_name(name), stack.place_table([], carrier)
+        )
+        table = stack.whole_table(stack.CARRIER_SECTORS, place)
+        self._create_part(metadata, name, stack.frozen_name(name), table)
+
+    def _do_replace_main(self, plan: Plan, action: planner.Action) -> None:
+        """Begin the replacement, unless it has begun; `replace_main` carries it on."""
+        target = self.require(plan.name)
+        if target.replacement or plan.replacement is None or target.main is None:
+            return
+        self._freezer.check_names(target)
+        self._create_new_main(plan)
+        self._step("new_main_created")
+        paths = [self._lasting_path(info) for info in (plan.replacement, target.main) if info]
+        config = replacement.begun(target.metadata.config, plan.replacement, *paths)
+        self._commit_config(target, config)
+
+    def _lasting_path(self, info: DeviceInfo) -> str:
+        if replacement.lasts(info.path):
+            return info.path
+        return next(iter(self._blocks.links_to(info.devno)), info.path)
+
+    def _do_undo_replacement(self, plan: Plan, action: planner.Action) -> None:
+        """Nothing has to be begun; `replace_main` does it all."""
+
+    def replace_main(
+        self,
+        name: str,
+        undo: bool = False,
+        pace: replacing.Pace | None = None,
+        patience: Patience | None = None,
+    ) -> replacing.Result:
+        """Carry a replacement that was begun to its end, or back; holds the lock in steps only.
+
+        Args:
+            name: the target; the caller does not hold its lock.
+            undo: go back to the old main.
+            pace: how fast to copy, and in which steps.
+            patience: how hard to try to read failing blocks.
+
+        Raises:
+            Refused: another process copies it.
+            DmRemapError: a step failed; the target is as its metadata says, and another call goes
+                on from there.
+        """
+        lock_memory()
+        tools = replacing.Tools(self._mapper, self._freezer, self._guarded, self._end_freeze)
+        copy = replacing.Replacing(
+            self, tools, self._step, self._progress, pace, patience or Patience()
+        )
+        with self.copying(name):
+            return copy.run(name, undo)
+
+    def successor(self, metadata: Metadata) -> Metadata:
+        """The next generation, from this host and now, with nothing else changed."""
+        return metadata.successor(time.time_ns(), host_id=host_id())
+
+    def commit_next(self, target: ActiveTarget, disks: Disks, new: Metadata) -> None:
+        """Commit the next generation of a target whose devices are open."""
+        self._commit(target, disks.members, target.metadata, new)
+
+    def finish_replacement(self, target: ActiveTarget, config: dict[str, Any]) -> None:
+        """Commit the configuration after a replacement, and leave nothing of it in the kernel."""
+        self._commit_config(target, config)
+        target = self.require(target.name)
+        self._clear_leftovers(target)
+        target = self.require(target.name)
+        if planner.shim_of(target.metadata) == planner.RAID_SHIM and target.shim is None:
+            self._insert_shim(target)
+
+    def _clear_leftovers(self, target: ActiveTarget) -> None:
+        """Remove from the kernel what an ended replacement or a freeze has left there."""
+        part = stack.new_main_name(target.name)
+        new_main = self._part(target.device, part)
+        used = self._mapper.dependencies(target.map.name)
+        if new_main and target.replacement is None and new_main.devno in used:
+            self._swap_map(target, target.map_table(target.metadata))
+            self._step("new_main_direct")
+        self._freezer.park(target)
+        for left in replacing.leftovers(self._mapper, target):
+            self._mapper.remove(left)
+            self._step("leftover_removed")
 
     def _create_part(
         self, metadata: Metadata, name: str, part: str, table: Sequence[Segment]
@@ -1003,17 +1210,16 @@ class Engine:
             metadata, name, stack.hold_name(name), stack.hold_table(sectors, upper)
         )
         # Made now, because then udev knows that they are none of its business.
-        place, frozen = stack.place_name(name), stack.frozen_name(name)
-        if self._mapper.info(place) is None and self._mapper.info(frozen) is None:
-            table = stack.place_table([], carrier)
-            below = self._create_part(metadata, name, place, table)
-            table = stack.whole_table(stack.CARRIER_SECTORS, below)
-            self._create_part(metadata, name, frozen, table)
+        parts = (stack.place_name(name), stack.frozen_name(name))
+        if all(self._mapper.info(part) is None for part in parts):
+            self._create_parked(metadata, name, carrier)
         return stack.top_table(sectors, hold, cut)
 
     def _do_remove_target(self, plan: Plan, action: planner.Action) -> None:
         target = self._existing(plan.name)
-        self._mapper.remove(plan.name)
+        # A copy that goes on would write to a disk that is not the target's any more.
+        with self.copying(plan.name):
+            self._mapper.remove(plan.name)
         self._remove_parts(
             target,
             stack.hold_name(plan.name),
@@ -1021,6 +1227,7 @@ class Engine:
             stack.frozen_name(plan.name),
             stack.place_name(plan.name),
             stack.shim_name(plan.name),
+            stack.new_main_name(plan.name),
         )
 
     def _remove_parts(self, target: MappedDevice, *parts: str) -> None:
@@ -1035,7 +1242,7 @@ class Engine:
     def _do_tidy(self, plan: Plan, action: planner.Action) -> None:
         target = self.require(plan.name)
         self._resume_spares(target)
-        self._freezer.park(target)
+        self._clear_leftovers(target)
 
     def _resume_spares(self, target: ActiveTarget) -> None:
         """Resume spares that an interruption left suspended."""
@@ -1047,10 +1254,10 @@ class Engine:
     def _do_update_config(self, plan: Plan, action: planner.Action) -> None:
         target = self.require(plan.name)
         settings = {key: value for key, value in action.details.items() if key != "generation"}
-        new = target.metadata.successor(
-            time.time_ns(), host_id=host_id(), config={**target.metadata.config, **settings}
-        )
-        self._commit_alone(target, new)
+        self._commit_config(target, {**target.metadata.config, **settings})
+
+    def _commit_config(self, target: ActiveTarget, config: dict[str, Any]) -> None:
+        self._commit_alone(target, replace(self.successor(target.metadata), config=config))
 
     def _commit_alone(
         self, target: ActiveTarget, new: Metadata, without: int | None = None
@@ -1153,14 +1360,16 @@ class Engine:
         self._freezer.park(target)
 
     def _do_insert_shim(self, plan: Plan, action: planner.Action) -> None:
-        target = self.require(plan.name)
+        self._insert_shim(self.require(plan.name))
+
+    def _insert_shim(self, target: ActiveTarget) -> None:
         if target.main is None:
-            raise Refused("has no chunk on its main that a shim could serve", device=plan.name)
-        part = stack.shim_name(plan.name)
+            raise Refused("has no chunk on its main that a shim could serve", device=target.name)
+        part = stack.shim_name(target.name)
         device = self._part(target.device, part)
         table = stack.shim_table(target.metadata.config["main"]["sectors"], target.main.devno)
         if device is None:
-            self._create_part(target.metadata, plan.name, part, table)
+            self._create_part(target.metadata, target.name, part, table)
         shimmed = replace(target, shim=self._existing(part))
         self._swap_map(shimmed, shimmed.map_table(target.metadata))
 
@@ -1184,6 +1393,15 @@ class Engine:
         hold = stack.hold_name(name)
         (status,), (table,) = self._mapper.status(hold), self._mapper.table(hold)
         return stack.path_state(status, table)
+
+    def devices_below(self, target: ActiveTarget) -> frozenset[str]:
+        """Device numbers that the target's map uses now, but for the freezing device."""
+        frozen = self._part(target.device, stack.frozen_name(target.name))
+        try:
+            used = frozenset(self._mapper.dependencies(target.map.name))
+        except DmRemapError:
+            return frozenset()
+        return used - {frozen.devno if frozen else ""}
 
     def is_current(self, target: ActiveTarget, disks: Disks) -> bool:
         """Whether a target that holds its errors is as it was observed.
@@ -1401,12 +1619,13 @@ class Engine:
 
         Args:
             target: the target.
-            main_writable: open main for a move to it.
+            main_writable: open main for a move to it, or because its replacement is undone.
 
         Raises:
             DmRemapError: a device cannot be opened.
         """
         with contextlib.ExitStack() as opened:
+            new = target.replacement
             yield Disks(
                 main=opened.enter_context(
                     self._blocks.BlockDevice(target.main.path, writable=main_writable)
@@ -1420,6 +1639,9 @@ class Engine:
                     for spare in target.spares
                 },
                 members=self._open_members(opened, target.spare_infos),
+                new_main=opened.enter_context(self._blocks.BlockDevice(new.path, writable=True))
+                if new
+                else None,
             )
 
     def open_main(self, target: ActiveTarget) -> OpenDevice:
@@ -1549,7 +1771,7 @@ class Engine:
         works = [work for work in works if wanted(work.chunk, work.salvage)]
         stay: dict[int, str] = {}
         if route.to_main:
-            stay = self._write_to_main(works, _main_of(disks))
+            stay = self._write_to_main(works, disks.old_main)
         moving = [work for work in works if work.chunk not in stay]
         new, left_out, written = self._settle(moving, target, disks, route, attempted)
         return Moved(
@@ -1705,7 +1927,7 @@ class Engine:
                 device=target.name,
                 remedy="attach that spare again, or remove it with discard_remaps: true",
             )
-        device = disks.spares[source.spare] if source else _main_of(disks)
+        device = disks.spares[source.spare] if source else disks.main_of(metadata, chunk)
         salvage(device, sector, length, block_sectors, patience, resume=work.salvage)
         return work
 
@@ -1827,9 +2049,9 @@ class Engine:
         self._step("poisoned")
 
     def _next(self, metadata: Metadata, works: Sequence[_Work]) -> Metadata:
-        successor = metadata.successor(time.time_ns(), host_id=host_id())
         moves = {work.chunk: work.place for work in works}
-        return planner.with_moves(successor, moves, [item for w in works for item in w.lost])
+        lost = [item for work in works for item in work.lost]
+        return planner.with_moves(self.successor(metadata), moves, lost)
 
     def _open_members(
         self, stack: contextlib.ExitStack, spares: Mapping[int, DeviceInfo]
@@ -1980,17 +2202,28 @@ def _index_of(plan: Plan, path: str) -> int:
     return next(index for index, info in plan.spares.items() if info.path == path)
 
 
-def _main_of(disks: Disks) -> OpenDevice:
-    if disks.main is None:
-        raise AssertionError("a target with chunks on main, or to be moved there, has a main")
-    return disks.main
+def _agrees(target: ActiveTarget, over_main: str = "") -> bool:
+    """Whether the live map is that of the chosen generation.
 
-
-def _agrees(target: ActiveTarget) -> bool:
-    """Whether the live map is that of the chosen generation."""
+    Args:
+        target: the target.
+        over_main: device number of what an ended replacement has left over its main.
+    """
+    live = list(target.table)
+    if over_main and target.main:
+        live = [_onto(segment, over_main, target.main.devno) for segment in live]
     positions = {chunk: position for position, chunk in enumerate(held_chunks(target))}
     devno = target.frozen.devno if target.frozen else ""
-    return list(target.table) == target.map_table(target.metadata, positions, devno)
+    return live == target.map_table(target.metadata, positions, devno)
+
+
+def _onto(segment: Segment, device: str, below: str) -> Segment:
+    """A segment on what is below the device, which is as long."""
+    if segment.target == "linear":
+        used, offset = mapping.linear_target(segment)
+        if used == device:
+            return replace(segment, params=f"{below} {offset}")
+    return segment
 
 
 def _spare_sector(work: _Work, metadata: Metadata) -> int:
@@ -2067,32 +2300,52 @@ def _confirm_losses(
     A disk or path that went away for a while fails reads like bad blocks do. What is known to be
     lost is read here once: it may have been written since.
     """
-    sources: dict[int | None, list[_Work]] = {}
+    for source in _sources(target, disks, works, route):
+        _check_alive(target, source)
+        for work in source.works:
+            work.salvage.read_again(source.device)
+        _check_alive(target, source)
+
+
+@dataclass(frozen=True)
+class _Source:
+    """A device that chunks come from: its path, and the errors that do not speak against it."""
+
+    device: OpenDevice
+    path: str
+    fine: tuple[int, ...]
+    works: list[_Work]
+
+
+def _sources(
+    target: ActiveTarget, disks: Disks, works: Sequence[_Work], route: Route
+) -> list[_Source]:
+    """The devices that the chunks come from, but for those that are not read."""
+    paths = {spare.index: spare.candidate.info.path for spare in target.spares}
+    found: dict[str, _Source] = {}
+    fine: tuple[int, ...]
     for work in works:
-        index = work.source.spare if work.source else None
-        if index not in route.discard:
-            sources.setdefault(index, []).append(work)
-    for index, some in sources.items():
-        device = _main_of(disks) if index is None else disks.spares[index]
-        _check_alive(target, index, device, some)
-        for work in some:
-            work.salvage.read_again(device)
-        _check_alive(target, index, device, some)
+        if work.source and work.source.spare in route.discard:
+            continue
+        if work.source:
+            # A spare's unwritten blocks read as EILSEQ.
+            device, fine = disks.spares[work.source.spare], _TAG_ERRORS
+            path = paths[work.source.spare]
+        else:
+            device, fine = disks.main_of(target.metadata, work.chunk), (0,)
+            info = target.replacement if device is disks.new_main else target.main
+            path = info.path if info else target.name
+        found.setdefault(path, _Source(device, path, fine, [])).works.append(work)
+    return list(found.values())
 
 
-def _check_alive(
-    target: ActiveTarget, index: int | None, device: OpenDevice, works: Sequence[_Work]
-) -> None:
-    lost = [item for work in works for item in work.salvage.lost]
-    # A spare's unwritten blocks read as EILSEQ.
-    fine = (0,) if index is None else _TAG_ERRORS
-    if lost and not answers(device, lost, target.metadata.config["block_sectors"], fine):
-        path = target.main.path if target.main else target.name
-        if index is not None:
-            path = next(s.candidate.info.path for s in target.spares if s.index == index)
+def _check_alive(target: ActiveTarget, source: _Source) -> None:
+    lost = [item for work in source.works for item in work.salvage.lost]
+    block = target.metadata.config["block_sectors"]
+    if lost and not answers(source.device, lost, block, source.fine):
         raise DmRemapError(
             "reads fail everywhere, so it is the disk or its path and not a bad sector",
-            device=path,
+            device=source.path,
             remedy="check its cable, power and controller; nothing was changed",
         )
 

@@ -40,6 +40,9 @@ FAR_END = 6
 MAGIC = b"DMREMAP4"
 MAJOR = 1
 MINOR = 0
+# Bits of the header's features: what a reader must know to find the data.
+FEATURE_REPLACEMENT = 1
+KNOWN_FEATURES = FEATURE_REPLACEMENT
 
 MAX_SPARES = 8
 MAX_HISTORY = 256
@@ -418,6 +421,11 @@ class Metadata:
         object.__setattr__(self, "extents", ordered)
         object.__setattr__(self, "lost", _merged(self.lost))
 
+    @property
+    def features(self) -> int:
+        """Bits of what a reader must know, as they stand in the header."""
+        return FEATURE_REPLACEMENT if "replacement" in self.config else 0
+
     @cached_property
     def body(self) -> bytes:
         """The packed sections.
@@ -449,7 +457,7 @@ class Metadata:
         head = _DIGEST_HEAD.pack(
             MAGIC,
             MAJOR,
-            0,
+            self.features,
             self.target_uuid.bytes,
             self.host_id.bytes,
             self.generation,
@@ -493,6 +501,7 @@ class Header:
     parent_digest: bytes
     digest: bytes
     body_crc: int
+    features: int = 0
 
     @property
     def slot_bytes(self) -> int:
@@ -629,7 +638,16 @@ def _check_config(config: Mapping[str, Any]) -> tuple[int, int, list[Geometry | 
         raise BadMetadata(f"config: {error!r}") from error
     if len(set(uuids)) != len(uuids):
         _bad("config: two spares have one UUID")
+    if "replacement" in config:
+        _check_replacement(config["replacement"], -(-main_sectors // chunk_sectors))
     return main_sectors, chunk_sectors, geometries
+
+
+def _check_replacement(replacement: object, chunks: int) -> None:
+    if not isinstance(replacement, dict) or not isinstance(replacement.get("main"), dict):
+        _bad("config: replacement does not describe a new main")
+    if not _is_int(replacement.get("copied"), 0, chunks):
+        _bad(f"config: replacement.copied is {replacement.get('copied')!r}, not 0 to {chunks}")
 
 
 def _check_extents(
@@ -694,7 +712,7 @@ def pack_slot(
         "header_crc": 0,
         "target_uuid": metadata.target_uuid.bytes,
         "spare_uuid": spare_uuid.bytes,
-        "features": 0,
+        "features": metadata.features,
         "copy_index": copy_index,
         "body_length": len(body),
         "sector": slot_sectors_of(spare_sectors)[copy_index],
@@ -732,7 +750,7 @@ def unpack_header(raw: bytes, sector: int) -> Header:
         raise Invalid(Diagnosis.HEADER_CHECKSUM, "the header does not match its checksum")
     target_uuid = uuid.UUID(bytes=values["target_uuid"])
     spare_uuid = uuid.UUID(bytes=values["spare_uuid"])
-    if values["major"] > MAJOR or values["features"]:
+    if values["major"] > MAJOR or values["features"] & ~KNOWN_FEATURES:
         raise Invalid(
             Diagnosis.NEWER,
             f"written in format {values['major']}.{values['minor']}"
@@ -754,6 +772,7 @@ def unpack_header(raw: bytes, sector: int) -> Header:
         parent_digest=values["parent_digest"],
         digest=values["digest"],
         body_crc=values["body_crc"],
+        features=values["features"],
     )
     _check_header(header, values["major"], sector)
     return header
@@ -832,6 +851,10 @@ def _parse_body(header: Header, body: bytes) -> Metadata:
     )
     if metadata.body != body:
         raise ValueError("the body is not in the one form that is written")
+    if metadata.features != header.features:
+        raise ValueError(
+            f"the content has features {metadata.features:#x}, the header {header.features:#x}"
+        )
     return metadata
 
 

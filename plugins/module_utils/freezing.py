@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
-from . import extents, mapping, stack
+from . import extents, mapping, replacement, stack
 from .devmapper import MappedDevice, Segment
 from .errors import DmRemapError, Refused
 from .format import Metadata
@@ -227,12 +227,14 @@ def is_parked(mapper: Tables, target: ActiveTarget) -> bool:
     _map, *freezing = devices
     if not any(freezing):
         return True
+    place = stack.place_name(target.name)
     return (
         all(
             device is not None and device.live_table and len(mapper.table(device.name)) == 1
             for device in freezing
         )
         and mapper.table(stack.frozen_name(target.name))[0].target == "linear"
+        and mapper.table(place) == stack.place_table([], target.carrier)
     )
 
 
@@ -246,6 +248,8 @@ def place_of(target: ActiveTarget, metadata: Metadata, chunk: int) -> tuple[str,
     chunk_sectors = metadata.config["chunk_sectors"]
     place = extents.place_of(metadata.extents, chunk)
     if place is None:
+        if target.new_main and chunk < replacement.copied_chunks(metadata):
+            return target.new_main.devno, chunk * chunk_sectors
         return target.upper_main, chunk * chunk_sectors
     return target.spare_devnos.get(place.spare, ""), place.physical * chunk_sectors
 

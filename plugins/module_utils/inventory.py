@@ -55,6 +55,8 @@ def kept_of(metadata: Metadata, active: Collection[int]) -> Kept:
 class Guarded:
     """A target and the disk that its main is on.
 
+    While its main is being replaced there is one for each of the two.
+
     Args:
         name: the target's name.
         uuid: the target's own.
@@ -123,24 +125,22 @@ def guarded_targets(
     for digits, device in own.items():
         if not device.live_table or not re.fullmatch("[0-9a-f]{32}", digits):
             continue
-        layers = _layers(tables, own, digits)
-        if layers is None:
-            continue
-        disk, start = disk_of(layers.main)
-        found.append(
-            Guarded(
-                name=device.name,
-                uuid=uuid.UUID(digits),
-                main=layers.main,
-                disk=disk,
-                start=start,
-                sectors=layers.sectors,
-                live=layers.live,
-                request_based=requests(disk),
-                kept=kept(uuid.UUID(digits), layers.spares),
-                on_error=layers.on_error,
+        for layers in _layers(tables, own, digits):
+            disk, start = disk_of(layers.main)
+            found.append(
+                Guarded(
+                    name=device.name,
+                    uuid=uuid.UUID(digits),
+                    main=layers.main,
+                    disk=disk,
+                    start=start,
+                    sectors=layers.sectors,
+                    live=layers.live,
+                    request_based=requests(disk),
+                    kept=kept(uuid.UUID(digits), layers.spares),
+                    on_error=layers.on_error,
+                )
             )
-        )
     return found
 
 
@@ -155,8 +155,8 @@ class _Layers:
     spares: frozenset[int]
 
 
-def _layers(tables: Tables, own: Mapping[str, MappedDevice], digits: str) -> _Layers | None:
-    """Look through a target's tables; None when no chunk is on its main.
+def _layers(tables: Tables, own: Mapping[str, MappedDevice], digits: str) -> list[_Layers]:
+    """Look through a target's tables; what each of its mains serves, if that is anything.
 
     Args:
         tables: device-mapper.
@@ -185,17 +185,19 @@ def _layers(tables: Tables, own: Mapping[str, MappedDevice], digits: str) -> _La
     at_home = [piece for piece in pieces if piece.offset == piece.start]
     main = next((p.device for p in at_home if p.device not in ours), "")
     main = main or below("shim") or below("place")
-    shim, frozen = part("shim"), part("frozen")
-    served = [p for p in at_home if p.device == main or (shim and p.device == shim.devno)]
+    frozen = part("frozen")
     moving = [p for p in pieces if frozen and p.device == frozen.devno]
-    live = merge_sectors((p.start, p.length) for p in [*served, *moving])
-    if not main or not live:
-        return None
     # Beside a shim a segment beyond the target's end hands flushes to main.
     carried = sum(p.length for p in pieces if p.device == main and p not in at_home)
     sectors = sum(segment.length for segment in table) - carried
     spares = frozenset(index for index in range(MAX_SPARES) if part(spare_name("", index)[1:]))
-    return _Layers(main, sectors, tuple(live), on_error, spares)
+    found = []
+    for disk, over in ((main, part("shim")), (below("new"), part("new"))):
+        served = [p for p in at_home if p.device == disk or (over and p.device == over.devno)]
+        live = merge_sectors((p.start, p.length) for p in [*served, *moving])
+        if disk and live:
+            found.append(_Layers(disk, sectors, tuple(live), on_error, spares))
+    return found
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,8 @@ def build_table(
     spares: Mapping[int, str],
     frozen: Mapping[int, int] | None = None,
     frozen_device: str = "",
+    copied: int = 0,
+    new_main: str = "",
 ) -> list[Segment]:
     """The table of a target: main, with extents redirected to spares.
 
@@ -32,8 +34,11 @@ def build_table(
         main: device number (``major:minor``) of main.
         extents: sorted, disjoint remaps.
         spares: device number of each available spare's integrity device, by spare index.
-        frozen: chunks held on ``frozen_device``, each with its chunk position there.
+        frozen: chunks held on ``frozen_device``, wherever they are, each with its chunk position
+            there.
         frozen_device: device number of the device that holds frozen chunks.
+        copied: sectors from the start that ``new_main`` has instead of ``main``.
+        new_main: device number of the device that main is being replaced by.
 
     Returns:
         The segments, covering ``0..sectors`` without a gap.
@@ -45,14 +50,20 @@ def build_table(
             (logical * chunk_sectors, length * chunk_sectors, device, position * chunk_sectors)
         )
     segments: list[Segment] = []
+
+    def append_main(start: int, end: int) -> None:
+        border = min(max(start, copied), end)
+        if start < border:
+            _append(segments, start, border - start, new_main, start)
+        if border < end:
+            _append(segments, border, end - border, main, border)
+
     cursor = 0
     for start, length, device, offset in sorted(pieces):
-        if start > cursor:
-            _append(segments, cursor, start - cursor, main, cursor)
+        append_main(cursor, start)
         _append(segments, start, min(length, sectors - start), device, offset)
         cursor = start + length
-    if cursor < sectors:
-        _append(segments, cursor, sectors - cursor, main, cursor)
+    append_main(cursor, sectors)
     return segments
 
 

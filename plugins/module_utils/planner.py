@@ -10,7 +10,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
-from . import copies, extents, pool
+from . import copies, extents, pool, replacement
 from .blockdev import OWN_SIGNATURE, DeviceInfo
 from .devmapper import MappedDevice, Segment, check_name
 from .errors import DmRemapError, Refused, StaleGeneration, count_of
@@ -27,7 +27,7 @@ from .format import (
     plan_geometry,
 )
 from .mapping import build_table, describe_table
-from .stack import CARRIER_SECTORS, PathState, spare_name, spare_part_names
+from .stack import CARRIER_SECTORS, PathState, part_names, spare_name, spare_part_names
 
 SECTOR_BYTES = 512
 MIN_CHUNK_BYTES = 4096
@@ -36,6 +36,8 @@ DEFAULT_CHUNK_BYTES = 65536
 LOGICAL_BLOCKS = (512, 4096)
 HOLD, FAIL = "hold", "fail"
 NO_SHIM, RAID_SHIM, AUTO_SHIM = "none", "raid", "auto"
+# Actions that are begun under the target's lock and carried on without it.
+REPLACE, UNDO = "replace_main", "undo_replacement"
 
 
 @dataclass(frozen=True)
@@ -126,6 +128,8 @@ class ActiveTarget:
         strays: what is left of devices that are no spares yet, or any more.
         certain: whether the live table agrees with the metadata. Where it does not and a spare is
             lost, that one has a newer generation.
+        replacement: the device that is to replace main, while that is under way.
+        new_main: the device over it, which the map uses for what was copied.
     """
 
     device: MappedDevice
@@ -143,6 +147,8 @@ class ActiveTarget:
     lost_spares: tuple[LostSpare, ...] = ()
     strays: tuple[Stray, ...] = ()
     certain: bool = True
+    replacement: DeviceInfo | None = None
+    new_main: MappedDevice | None = None
 
     @property
     def name(self) -> str:
@@ -214,6 +220,7 @@ class ActiveTarget:
             self.main.devno if self.main and self.shim else "",
             frozen,
             frozen_device,
+            self.new_main.devno if self.new_main else "",
         )
 
 
@@ -224,6 +231,7 @@ def map_table(
     flushed: str = "",
     frozen: Mapping[int, int] | None = None,
     frozen_device: str = "",
+    new_main: str = "",
 ) -> list[Segment]:
     """The map for a generation.
 
@@ -235,6 +243,7 @@ def map_table(
             a segment beyond the target's end carries them.
         frozen: chunks on the freezing device, with their positions there.
         frozen_device: its device number.
+        new_main: device number of what stands over the new main while main is being replaced.
     """
     sectors = metadata.config["main"]["sectors"]
     table = build_table(
@@ -245,6 +254,8 @@ def map_table(
         spares,
         frozen,
         frozen_device,
+        replacement.copied_sectors(metadata),
+        new_main,
     )
     if flushed:
         table.append(Segment(sectors, CARRIER_SECTORS, "linear", f"{flushed} 0"))
@@ -293,6 +304,8 @@ class Seen:
         main: the device that is to be main.
         candidates: the devices that are to be spares.
         healer: whether the daemon that heals held I/O runs on the host.
+        new_main: what is on the device that is to be main where another one is it now.
+        others: devices one of which may be the other main of a replacement under way.
     """
 
     target: ActiveTarget | None
@@ -301,6 +314,8 @@ class Seen:
     candidates: tuple[Candidate, ...]
     taken: tuple[str, ...] = ()
     healer: bool = True
+    new_main: Candidate | None = None
+    others: tuple[DeviceInfo, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -319,6 +334,7 @@ class Plan:
         final: where spares change, the metadata in the end; ``metadata`` has all spares, old and
             new.
         warnings: what the user should know, but nothing is refused for.
+        replacement: the device that is to replace main.
     """
 
     name: str
@@ -331,6 +347,7 @@ class Plan:
     placed: tuple[Extent, ...] = ()
     final: Metadata | None = None
     warnings: tuple[str, ...] = ()
+    replacement: DeviceInfo | None = None
 
     @property
     def changes(self) -> bool:
@@ -604,7 +621,7 @@ def _unreached(
         entry = choice.metadata.config["spares"][index]
         for candidate in blank:
             same_size = entry["geometry"]["spare_sectors"] == candidate.info.sectors
-            if same_size and _who(candidate.info).items() <= entry.items():
+            if same_size and replacement.identity_of(candidate.info).items() <= entry.items():
                 found.append((uuid.UUID(entry["uuid"]), candidate))
                 blank.remove(candidate)
                 break
@@ -613,7 +630,7 @@ def _unreached(
 
 def _plan_activation(request: Request, main: DeviceInfo, seen: Seen, choice: copies.Choice) -> Plan:
     metadata = choice.metadata
-    _check_main_identity(main, metadata)
+    mains = _mains_of(main, seen, metadata)
     _check_unchangeable(request, metadata)
     unreached = _unreached(choice, seen.candidates)
     by_uuid = {c.survey.spare_uuid: c for c in seen.candidates if c.survey.spare_uuid}
@@ -642,19 +659,44 @@ def _plan_activation(request: Request, main: DeviceInfo, seen: Seen, choice: cop
     actions += _repairs(choice, spares)
     actions += [Action("repair_metadata", c.info.path) for _uuid, c in unreached]
     actions += _activations(request.name, spares)
-    actions.append(_creation(request.name, main))
+    actions.append(_creation(request.name, mains[0], mains[1]))
+    after = metadata
+    if mains[1]:
+        kind = REPLACE if main is mains[1] else UNDO
+        action, after = _replacing(kind, request.name, metadata, mains[0], mains[1])
+        actions.append(action)
     geometries = {index: geometry_of(metadata, index) for index in spares}
     plan = Plan(
         name=request.name,
         actions=tuple(actions),
         before=_nothing(),
-        after=_state(metadata, spares),
+        after=_state(after, spares),
         metadata=metadata,
-        main=main,
+        main=mains[0],
         spares=spares,
         warnings=warnings_of(choice) + pool_warnings(metadata, geometries),
+        replacement=mains[1],
     )
     return _with_config(plan, _policies(request, metadata.config))
+
+
+def _mains_of(
+    main: DeviceInfo, seen: Seen, metadata: Metadata
+) -> tuple[DeviceInfo, DeviceInfo | None]:
+    """The target's main, and the one that is to replace it, of which ``main`` is one."""
+    if not replacement.under_way(metadata):
+        _check_main_identity(main, metadata)
+        return main, None
+    entry, old = metadata.config["replacement"], metadata.config["main"]
+    others = [info for info in seen.others if info.devno != main.devno]
+    if replacement.is_new_main(main, metadata):
+        other = replacement.find_other(others, old, entry["old_path"], "old main")
+        mains = other, main
+    else:
+        other = replacement.find_other(others, entry["main"], entry["main"]["path"], "new main")
+        mains = main, other
+    _check_unused(other, seen.remains, "main")
+    return mains
 
 
 def _plan_creation(
@@ -679,7 +721,13 @@ def _plan_creation(
             actions.append(Action("wipe_spare", info.path, {"content": content}))
         capacity = pool.capacity(geometry, index, ())
         actions.append(Action("format_spare", info.path, {"chunks": capacity.total}))
-        entries.append({"uuid": str(new_uuid()), "geometry": geometry.to_dict(), **_who(info)})
+        entries.append(
+            {
+                "uuid": str(new_uuid()),
+                "geometry": geometry.to_dict(),
+                **replacement.identity_of(info),
+            }
+        )
     metadata = Metadata(
         target_uuid=new_uuid(),
         generation=1,
@@ -695,12 +743,7 @@ def _plan_creation(
             "allocation": pool.FIRST_FIT,
             "thresholds": limits,
             **_policies(request, {}),
-            "main": {
-                "sectors": main.sectors,
-                "logical_block": main.logical_block,
-                "physical_block": main.physical_block,
-                **_who(main),
-            },
+            "main": replacement.main_entry(main, main.sectors),
             "spares": entries,
         },
         health={},
@@ -764,10 +807,11 @@ def _check_spare(candidate: Candidate, main: DeviceInfo, chunk_bytes: int, wipe:
 
 def _check_main_identity(main: DeviceInfo, metadata: Metadata) -> None:
     recorded = metadata.config["main"]
-    if main.sectors != recorded["sectors"] or main.logical_block != recorded["logical_block"]:
+    sectors = replacement.device_sectors(recorded)
+    if main.sectors != sectors or main.logical_block != recorded["logical_block"]:
         raise Refused(
             f"has {main.sectors} sectors in blocks of {main.logical_block} bytes, but the "
-            f"target's main has {recorded['sectors']} in blocks of {recorded['logical_block']}",
+            f"target's main has {sectors} in blocks of {recorded['logical_block']}",
             device=main.path,
             remedy="give the target's own main",
         )
@@ -775,7 +819,7 @@ def _check_main_identity(main: DeviceInfo, metadata: Metadata) -> None:
 
 
 def _check_identity(info: DeviceInfo, recorded: Mapping[str, Any], role: str) -> None:
-    for key, mine in _who(info).items():
+    for key, mine in replacement.identity_of(info).items():
         if mine and recorded.get(key) and mine != recorded[key]:
             raise Refused(
                 f"has {key} {mine!r}, but the target's {role} has {recorded[key]!r}",
@@ -798,15 +842,12 @@ def _plan_active(
     request: Request, target: ActiveTarget, seen: Seen, new_uuid: Callable[[], uuid.UUID]
 ) -> Plan:
     main = _present(seen.main, request.main)
-    if target.main and main.devno != target.main.devno:
-        raise Refused(
-            f"is active with the main {target.main.path}, not {request.main}",
-            device=request.name,
-            remedy="give that main",
-        )
     _check_unchangeable(request, target.metadata)
     _check_distinct(main, seen.candidates)
     known = {spare_index(target, c.info.path, c.info.devno) for c in seen.candidates}
+    if replacement.under_way(target.metadata):
+        # A lost spare cannot be named nor removed then, and the replacement must be able to go on.
+        known |= {spare.index for spare in target.lost_spares}
     change = SpareChange(
         added=tuple(
             c for c in seen.candidates if spare_index(target, c.info.path, c.info.devno) is None
@@ -816,7 +857,115 @@ def _plan_active(
         discard_remaps=request.discard_remaps,
     )
     begun = change_spares(target, main, change, new_uuid)
-    return _with_settings(request, target, seen, main, begun)
+    plan = _with_settings(request, target, seen, main, begun)
+    replaced = _with_replacement(request, target, seen, main, plan)
+    if replaced is not plan and (change.added or change.removed):
+        raise Refused(
+            "would get another main and other spares at once",
+            device=request.name,
+            remedy="change the one and then the other",
+        )
+    return replaced
+
+
+def _with_replacement(
+    request: Request, target: ActiveTarget, seen: Seen, main: DeviceInfo, plan: Plan
+) -> Plan:
+    """The plan that also brings the target to the main that is wanted."""
+    old, new, metadata = target.main, target.replacement, plan.metadata
+    if metadata is None or (new is None and (old is None or main.devno == old.devno)):
+        return plan
+    check_certain(target)
+    kind: str = REPLACE
+    wipes: tuple[Action, ...] = ()
+    if new is None:
+        new = main
+        wipes = _check_new_main(request, target, seen, new)
+    elif main.devno != new.devno:
+        if old is None or main.devno != old.devno:
+            old_path = metadata.config["replacement"]["old_path"]
+            raise Refused(
+                f"its main {old_path} is being replaced by {new.path}, not by {request.main}",
+                device=request.name,
+                remedy=f"give {new.path} to go on, or {old_path} to go back",
+            )
+        kind = UNDO
+    lost = [spare.index for spare in target.lost_spares]
+    action, after = _replacing(kind, target.name, metadata, old, new, lost)
+    spares = {spare.index: spare.candidate.info for spare in target.spares}
+    return replace(
+        plan,
+        actions=(*plan.actions, *wipes, action),
+        after=_state(after, spares),
+        replacement=new,
+    )
+
+
+def _check_new_main(
+    request: Request, target: ActiveTarget, seen: Seen, new: DeviceInfo
+) -> tuple[Action, ...]:
+    """Refuse what cannot replace the main; what must be erased before it does."""
+    # What an interruption has left over either main is removed before.
+    _check_unused(new, () if target.tidy else tuple(part_names(target.name)), "main")
+    replacement.check_new_main(new, target.main, target.metadata.config)
+    if seen.new_main is None:
+        raise AssertionError("a device that is to replace the main was looked at")
+    survey = seen.new_main.survey
+    found = list(seen.new_main.signatures)
+    if not survey.empty:
+        found.append("copies of a target's metadata")
+    spared = any(copy.metadata.extents for copy in survey.copies)
+    if found and spared and not request.discard_remaps:
+        raise Refused(
+            "is a spare with remapped chunks of a target",
+            device=new.path,
+            remedy="give another disk, or wipe: true with discard_remaps: true to lose them",
+        )
+    if found and not request.wipe:
+        raise Refused(
+            f"is not empty: {', '.join(dict.fromkeys(found))}",
+            device=new.path,
+            remedy="give an empty disk, or wipe: true to erase it",
+        )
+    return (Action("wipe_main", new.path, {"content": found}),) if found else ()
+
+
+def _replacing(
+    kind: str,
+    name: str,
+    metadata: Metadata,
+    old: DeviceInfo | None,
+    new: DeviceInfo,
+    lost_spares: Collection[int] = (),
+) -> tuple[Action, Metadata]:
+    """The action that replaces main or undoes that, and the metadata when it is done.
+
+    Chunks with lost sectors and those on lost spares stay where they are. Each copied piece is a
+    generation of its own; their number depends on what is found on the way, so only one is counted.
+    """
+    details = {
+        "from": old.path if old else "",
+        "to": new.path,
+        "copied": replacement.copied_sectors(metadata) * SECTOR_BYTES,
+        "total": metadata.config["main"]["sectors"] * SECTOR_BYTES,
+    }
+    config = metadata.config
+    if not replacement.under_way(metadata):
+        config = replacement.begun(config, new, new.path, details["from"])
+    after = replace(metadata, generation=metadata.generation + 1)
+    if kind == UNDO:
+        after = replace(after, config=replacement.undone(config))
+    else:
+        lossy = extents.chunks_of(
+            [(item.sector, item.count) for item in metadata.lost],
+            config["chunk_sectors"],
+            config["main"]["sectors"],
+        )
+        staying = {c for index in lost_spares for c in chunks_on(metadata, index)}.union(lossy)
+        chunks = [c for e in metadata.extents for c in range(e.logical, e.logical + e.length)]
+        left = extents.merge(extents.without(metadata.extents, set(chunks) - staying))
+        after = replace(after, config=replacement.finished(config), extents=left)
+    return Action(kind, name, details), after
 
 
 def _with_settings(
@@ -980,6 +1129,13 @@ def plan_absent(
             device=name,
             remedy="copy the data off first, or give discard_remaps: true to lose those chunks",
         )
+    if replacement.under_way(metadata) and not discard_remaps:
+        raise Refused(
+            "has its data on two disks, because its main is being replaced",
+            device=name,
+            remedy="let the replacement go on to its end or back, or give discard_remaps: true to "
+            "lose what was copied already",
+        )
     # What an interruption leaves in the kernel shows the next run which spares are to be wiped.
     wipes = [Action("wipe_metadata", info.path) for info in spares.values()]
     if target:
@@ -1065,6 +1221,8 @@ def plan_return(
         for chunk in _chunks_asked(target, ranges, expected_generation)
         if extents.find(target.metadata.extents, chunk) and chunk not in staying
     ]
+    if chunks:
+        _check_not_replacing(target, "no chunk can return to it")
     if chunks and target.main is None:
         raise Refused(
             "has every chunk on spares, and its main is not known",
@@ -1264,6 +1422,15 @@ def usable_geometries(target: ActiveTarget) -> dict[int, Geometry]:
     return {spare.index: geometry_of(target.metadata, spare.index) for spare in target.spares}
 
 
+def _check_not_replacing(target: ActiveTarget, consequence: str) -> None:
+    if replacement.under_way(target.metadata):
+        raise Refused(
+            f"its main is being replaced, and until that has ended {consequence}",
+            device=target.name,
+            remedy="let the replacement go on to its end, or back, and run this again",
+        )
+
+
 def check_certain(target: ActiveTarget) -> None:
     """Refuse to build on metadata that is older than what the kernel has.
 
@@ -1325,12 +1492,9 @@ def _deactivation(name: str, index: int, path: str) -> Action:
     return Action("deactivate_spare", path, {"name": spare_name(name, index)})
 
 
-def _creation(name: str, main: DeviceInfo) -> Action:
-    return Action("create_target", f"/dev/mapper/{name}", {"main": main.path})
-
-
-def _who(info: DeviceInfo) -> dict[str, str]:
-    return {"serial": info.serial, "wwn": info.wwn, "model": info.model}
+def _creation(name: str, main: DeviceInfo, new: DeviceInfo | None = None) -> Action:
+    details = {"main": main.path, **({"new_main": new.path} if new else {})}
+    return Action("create_target", f"/dev/mapper/{name}", details)
 
 
 def _nothing() -> dict[str, Any]:
@@ -1359,15 +1523,16 @@ def _state(metadata: Metadata, spares: Mapping[int, DeviceInfo]) -> dict[str, An
 
 def readable_table(metadata: Metadata, spares: Mapping[int, DeviceInfo]) -> list[str]:
     """The target's table for people: main and spares by role instead of device number."""
-    names = {"main": "main", **{f"spare{index}": f"spare{index}" for index in range(MAX_SPARES)}}
     segments = build_table(
         metadata.config["main"]["sectors"],
         metadata.config["chunk_sectors"],
         "main",
         metadata.extents,
         {index: f"spare{index}" for index in spares},
+        copied=replacement.copied_sectors(metadata),
+        new_main="new_main",
     )
-    return describe_table(segments, names)
+    return describe_table(segments, {})
 
 
 # Spares of an active target
@@ -1516,6 +1681,8 @@ def change_spares(
     if not change.added and not change.removed:
         return upkeep
     check_certain(target)
+    if change.removed:
+        _check_not_replacing(target, "no spare can be removed")
     if change.discard_remaps:
         # What they may know of the chunks on the move is given up with them.
         lost = sorted({spare.index for spare in target.lost_spares}.intersection(change.removed))
@@ -1576,7 +1743,11 @@ def _additions(
         info = candidate.info
         geometry = _check_addition(target, main, candidate, change)
         index = _free_index(target, entries)
-        entry = {"uuid": str(new_uuid()), "geometry": geometry.to_dict(), **_who(info)}
+        entry = {
+            "uuid": str(new_uuid()),
+            "geometry": geometry.to_dict(),
+            **replacement.identity_of(info),
+        }
         entries[index : index + 1] = [entry]
         content = list(candidate.signatures)
         if content or not candidate.survey.empty:
@@ -1628,7 +1799,8 @@ def _check_addition(
             device=target.name,
             remedy="activate it again with the target module first",
         )
-    _check_distinct(main, [*(spare.candidate for spare in target.spares), *change.added])
+    for one in filter(None, (main, target.replacement)):
+        _check_distinct(one, [*(spare.candidate for spare in target.spares), *change.added])
     strays = {
         part
         for stray in target.strays

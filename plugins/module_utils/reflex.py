@@ -21,7 +21,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from . import extents
+from . import extents, replacement
 from .engine import Disks, Engine, Moved
 from .errors import DmRemapError
 from .events import intersect_ranges
@@ -83,9 +83,13 @@ class Ward:
         hasty: reads main while all I/O waits.
         slow_until: until when that is not tried, because main is slow.
         requests: whether the disk's errors come as requests, else they come as bios.
-        lost: its main did not answer when last asked.
+        lost: a main of it did not answer when last asked.
         missed: the kernel dropped errors, and one may have been of this target.
         let_go: its devices are closed, because somebody else works on the target.
+        new_disk: device number of the disk that is to replace main's; empty without one.
+        new_start: the new main's first sector there.
+        new_requests: whether that disk's errors come as requests.
+        below: device numbers that its map used or may use without having another main.
     """
 
     target: ActiveTarget
@@ -104,6 +108,10 @@ class Ward:
     lost: bool = False
     missed: bool = False
     let_go: bool = False
+    new_disk: str = ""
+    new_start: int = 0
+    new_requests: bool = True
+    below: frozenset[str] = frozenset()
 
     def close(self) -> None:
         """Close its devices."""
@@ -127,6 +135,27 @@ class Injury:
     reads: frozenset[int]
     writes: frozenset[int]
     others: frozenset[int]
+
+
+def on_one_main(ward: Ward, errors: Iterable[BlockError]) -> list[BlockError]:
+    """The failed requests as if all had been on main's disk (pure).
+
+    While main is being replaced, each of the two disks serves one side of the border. What is on
+    the other side has moved since it failed, and is left out.
+    """
+    metadata = ward.target.metadata
+    border, total = replacement.copied_sectors(metadata), metadata.config["main"]["sectors"]
+    found = []
+    for error in errors:
+        new = bool(ward.new_disk) and error.devno == ward.new_disk
+        start = ward.new_start if new else ward.start
+        side = (0, border) if new else (border, total - border)
+        if error.operation == FLUSH or error.errno not in _SECTOR_ERRORS:
+            found.append(error)
+            continue
+        for first, count in intersect_ranges([(error.sector - start, error.count)], side):
+            found.append(replace(error, sector=first + ward.start, count=count))
+    return found
 
 
 def injury_of(target: ActiveTarget, start: int, errors: Iterable[BlockError]) -> Injury:
@@ -294,8 +323,11 @@ class Reflex:
     def take(self, errors: Sequence[BlockError]) -> None:
         """Note failed requests with the targets that they concern."""
         self._note(errors)
-        if self._unknown and self._clock() >= self._refreshed_at + _TICK_SECONDS:
-            # A target may be newer than the last look.
+        if self._unknown and (
+            self._clock() >= self._refreshed_at + _TICK_SECONDS
+            or any(self._has_moved(ward) for ward in self._wards.values())
+        ):
+            # A target may be newer than the last look, or have another main since.
             complete = self.refresh()
             unknown = list(self._unknown)
             self._unknown.clear()
@@ -311,11 +343,12 @@ class Reflex:
     def _assign(self, error: BlockError) -> bool:
         known = False
         for ward in self._wards.values():
-            if error.devno != ward.disk:
+            if error.devno not in (ward.disk, ward.new_disk):
                 continue
             known = True
+            requests = ward.requests if error.devno == ward.disk else ward.new_requests
             # Of a disk with requests each error comes a second time, as its bio's.
-            if error.request == ward.requests and error not in ward.errors:
+            if error.request == requests and error not in ward.errors:
                 ward.errors.append(error)
                 ward.alert_until = self._clock() + _ALERT_SECONDS
         return known
@@ -334,13 +367,17 @@ class Reflex:
         for name in [name for name in self._wards if name not in names]:
             self._dismiss(name)
         for name in names:
-            if name not in self._wards:
+            if name not in self._wards or self._has_moved(self._wards[name]):
                 with self._engine.try_locked(name) as locked:
                     if locked:
                         self._admit(name)
                     complete = complete and locked
         self._refresh_at = now + (_REFRESH_SECONDS if complete else _TICK_SECONDS)
         return complete
+
+    def _has_moved(self, ward: Ward) -> bool:
+        """Whether a target stands on a device that it did not use, such as a new main."""
+        return not self._engine.devices_below(ward.target) <= ward.below
 
     def _admit(self, name: str) -> Ward | None:
         """Observe a target anew and open its devices, if its errors are held."""
@@ -371,6 +408,10 @@ class Reflex:
             ward.slow_until = before.slow_until
             ward.strikes, ward.struck = before.strikes, before.struck
         ward.requests = self._requests(disk)
+        if target.replacement:
+            ward.new_disk, ward.new_start = self._disk_of(target.replacement.devno)
+            ward.new_requests = self._requests(ward.new_disk)
+        ward.below = self._engine.devices_below(target).union(target.spare_devnos.values())
         if not (target.path.active and target.path.queueing):
             # What the trace says of it comes first.
             ward.alert_until = self._clock() + _ALERT_SECONDS
@@ -402,7 +443,7 @@ class Reflex:
                 ward = self._admit(name)
             if ward is None:
                 return
-            errors, ward.errors = ward.errors, []
+            errors, ward.errors = on_one_main(ward, ward.errors), []
             begun = self._clock()
             try:
                 self._heal(ward, errors)
@@ -462,7 +503,11 @@ class Reflex:
                 self._release(ward, drained=True)
 
         now = self._clock()
-        if waits and now >= ward.slow_until:
+        # The hasty reader knows only the old main.
+        on_new = bool(target.replacement) and (
+            min(chunks) < replacement.copied_chunks(target.metadata)
+        )
+        if waits and now >= ward.slow_until and not on_new:
             if ward.hasty is None:
                 ward.hasty = HastyReader(self._engine.open_main(target), self._clock)
             ward.hasty.begin(self._haste.budget)
@@ -476,13 +521,14 @@ class Reflex:
         return self._engine.move(target, disks, chunks, self._patience, None, wanted, release)
 
     def _answers(self, ward: Ward, errors: Sequence[BlockError]) -> bool:
-        """Whether main can be asked; else its I/O stays held until it can.
+        """Whether main and what is to replace it can be asked; else I/O stays held until they can.
 
-        If it does not come back, the kernel's fail-safe ends the wait.
+        If one does not come back, the kernel's fail-safe ends the wait.
         """
         if ward.target.main is None:
             raise AssertionError("a target that is looked after has a main")
-        gone = self._state_of(ward.target.main.devno) is not DeviceState.LIVE
+        mains = [info for info in (ward.target.main, ward.target.replacement) if info]
+        gone = any(self._state_of(info.devno) is not DeviceState.LIVE for info in mains)
         if gone and not ward.lost:
             self._report(ward, "device_lost", errors)
         ward.lost = gone
@@ -551,11 +597,13 @@ class Reflex:
                 )
             ),
         ]
+        new = bool(ward.new_disk and errors and errors[0].devno == ward.new_disk)
+        main = ward.target.replacement if new else ward.target.main
         self._tell(
             {
                 "type": kind,
                 "target": ward.target.name,
-                "device": ward.target.main.path if ward.target.main else "",
+                "device": main.path if main else "",
                 "generation": ward.target.metadata.generation,
                 "operation": errors[0].operation if errors else "",
                 "errno": errors[0].errno if errors else 0,

@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-from . import pool
+from . import pool, replacement
 from .errors import count_of
 from .extents import merge_sectors
 from .files import Owner
@@ -62,7 +62,9 @@ def describe_target(target: ActiveTarget) -> dict[str, Any]:
             "path": target.main.path if target.main else None,
             "devno": target.main.devno if target.main else None,
             **config["main"],
+            "device_sectors": replacement.device_sectors(config["main"]),
         },
+        "replacing": _describe_replacement(target),
         "spares": [_describe_spare(target, index, chunks[index]) for index in spares],
         "pool": _describe_pool(pool.whole(chunks.values()), pool.thresholds_of(config)),
         "degraded": bool(target.lost_spares),
@@ -77,6 +79,21 @@ def describe_target(target: ActiveTarget) -> dict[str, Any]:
             *degradation(target),
             *pool_warnings(metadata, usable_geometries(target)),
         ],
+    }
+
+
+def _describe_replacement(target: ActiveTarget) -> dict[str, Any] | None:
+    if target.replacement is None:
+        return None
+    metadata = target.metadata
+    total = metadata.config["main"]["sectors"]
+    copied = replacement.copied_sectors(metadata)
+    return {
+        "path": target.replacement.path,
+        "devno": target.replacement.devno,
+        "copied": copied * SECTOR_BYTES,
+        "total": total * SECTOR_BYTES,
+        "percent": round(100 * copied / total, 1),
     }
 
 

@@ -9,15 +9,16 @@ With ``on_error: fail`` the target is the map itself. With ``on_error: hold`` it
     NAME-hold       multipath with one path, which keeps failed I/O until the path is reinstated
     NAME-map        the map: linear segments on main, on spares and, during a move, on NAME-frozen
 
-``NAME-shim`` may stand between the map and main. ``NAME-frozen`` delays all I/O to chunks that are
-being moved, while flushes pass; below it ``NAME-place`` leads to where these chunks are.
+``NAME-shim`` may stand between the map and main. ``NAME-new`` stands over the new main while main
+is being replaced; the map sends it what has been copied. ``NAME-frozen`` delays all I/O to chunks
+that are being moved, while flushes pass; below it ``NAME-place`` leads to where these chunks are.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from .devmapper import Segment
 from .format import MAX_SPARES
@@ -42,6 +43,11 @@ def map_name(name: str) -> str:
 def shim_name(name: str) -> str:
     """Name of the device that turns main's medium errors into ones that are held."""
     return name + "-shim"
+
+
+def new_main_name(name: str) -> str:
+    """Name of the device over the new main while main is being replaced."""
+    return name + "-new"
 
 
 def frozen_name(name: str) -> str:
@@ -78,6 +84,7 @@ def part_names(name: str) -> Iterator[str]:
     """All names that a target may use, upper devices before those that they stand on."""
     yield from (name, hold_name(name), map_name(name), frozen_name(name), place_name(name))
     yield shim_name(name)
+    yield new_main_name(name)
     for index in range(MAX_SPARES):
         yield from spare_part_names(name, index)
 
@@ -140,15 +147,19 @@ def place_table(places: list[tuple[str, int, int]], carrier: str) -> list[Segmen
             fails.
         carrier: device number that gets the flushes, which a table of errors would swallow.
     """
-    segments = []
+    segments: list[Segment] = []
     position = 0
+    last = ("", 0)
     for devno, sector, length in places:
-        segments.append(
-            Segment(position, length, "linear", f"{devno} {sector}")
-            if devno
-            else Segment(position, length, "error", "")
-        )
+        if segments and (devno, sector) == last:
+            segments[-1] = replace(segments[-1], length=segments[-1].length + length)
+        elif devno:
+            segments.append(Segment(position, length, "linear", f"{devno} {sector}"))
+        else:
+            segments.append(Segment(position, length, "error", ""))
         position += length
+        # Without a device there is no sector that goes on either.
+        last = (devno, sector + length if devno else sector)
     return [*segments, Segment(position, CARRIER_SECTORS, "linear", f"{carrier} 0")]
 
 

@@ -135,7 +135,11 @@ targets:
           description: Its device number now, or null if it is not there.
           type: str
         sectors:
-          description: Its size in sectors of 512 bytes, from the metadata.
+          description: The target's size in sectors of 512 bytes, from the metadata.
+          type: int
+        device_sectors:
+          description: The main's own size, which is larger than the target's where a main was
+            replaced by a larger one.
           type: int
         logical_block:
           description: Its logical block size in bytes, from the metadata.
@@ -152,6 +156,28 @@ targets:
         model:
           description: Its model, from the metadata; empty if it has none.
           type: str
+    replacing:
+      description:
+        - The disk that is replacing the main, and how far that is; null if none is.
+        - Until it is at its end, the target's data is on both disks.
+      returned: unless there is an RV(targets[].error)
+      type: dict
+      contains:
+        path:
+          description: The new main's path.
+          type: str
+        devno:
+          description: Its device number, C(MAJOR:MINOR).
+          type: str
+        copied:
+          description: Bytes from the start of the target that are on the new main.
+          type: int
+        total:
+          description: Bytes of the target.
+          type: int
+        percent:
+          description: The same as a percentage.
+          type: float
     spares:
       description: The spares that can be used, by index.
       returned: unless there is an RV(targets[].error)

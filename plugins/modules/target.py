@@ -34,6 +34,12 @@ options:
   main:
     description:
       - The device to protect, a disk, partition or logical volume that nothing uses.
+      - If an active target has another main, the target is copied to this device while it is in
+        use, and then the old main is free. The device must be at least as large as the target,
+        have its logical block size, and be empty. The target keeps its size.
+      - A copy that was interrupted goes on where it was. If the old main is given again before the
+        copy has ended, the target goes back to it with all that was written meanwhile. Both disks
+        are needed until then.
       - Required with O(state=present).
     type: path
   spares:
@@ -103,9 +109,17 @@ options:
           - From here on the state is critical.
           - A new target gets V(95).
         type: int
+  copy_rate:
+    description:
+      - How fast the target is copied to another O(main) at most, in bytes per second, such as
+        V(50M).
+      - V(0) sets no limit.
+    type: str
+    default: "0"
   wipe:
     description:
-      - Allow spares that hold a filesystem, a partition table or anything else, which is erased.
+      - Allow spares, or a new O(main) of an active target, that hold a filesystem, a partition
+        table or anything else, which is erased.
       - Remapped chunks of a target are not erased by this alone. If they are this target's own, the
         target is activated with them; if they are another's, the spare is refused.
     type: bool
@@ -113,14 +127,15 @@ options:
   discard_remaps:
     description:
       - With O(state=absent), remove the target although some of its data is on the spares only.
-        That data is lost.
+        That data is lost, and so is what was copied to a new main already.
       - With O(wipe=true), erase spares although remapped chunks of a target are on them.
       - Remove a spare that cannot be read although chunks are on it. Their sectors are lost.
     type: bool
     default: false
   state:
     description:
-      - V(present) creates the target, activates it, or repairs what an interruption left.
+      - V(present) creates the target, activates it, repairs what an interruption left, or copies
+        it to another main.
       - V(absent) removes the target and every copy of its metadata from its spares.
     type: str
     choices: [present, absent]
@@ -180,6 +195,17 @@ EXAMPLES = r"""
       warn: 60
       critical: 85
 
+- name: Replace the main while the target is in use; afterwards the old disk can be taken out
+  dm_remap.storage.target:
+    name: data
+    main: /dev/disk/by-id/ata-EXAMPLE_NEW_MAIN
+    spares:
+      - /dev/disk/by-id/ata-EXAMPLE_SPARE_1
+      - /dev/disk/by-id/ata-EXAMPLE_SPARE_2
+    copy_rate: 50M
+  async: 864000
+  poll: 60
+
 - name: Remove a target that has no remaps; the main is as it was
   dm_remap.storage.target:
     name: data
@@ -217,7 +243,16 @@ from ansible.module_utils.common.text.formatters import human_to_bytes
 
 from ..module_utils.engine import Engine
 from ..module_utils.errors import DmRemapError, Refused, count_of
-from ..module_utils.planner import Plan, Request, Seen, plan_absent, plan_present
+from ..module_utils.planner import (
+    REPLACE,
+    UNDO,
+    Plan,
+    Request,
+    Seen,
+    plan_absent,
+    plan_present,
+)
+from ..module_utils.replacing import Pace
 from ..module_utils.report import describe_target, diff_of
 
 
@@ -236,6 +271,7 @@ def main() -> None:
                 "type": "dict",
                 "options": {"warn": {"type": "int"}, "critical": {"type": "int"}},
             },
+            "copy_rate": {"type": "str", "default": "0"},
             "wipe": {"type": "bool", "default": False},
             "discard_remaps": {"type": "bool", "default": False},
             "state": {"type": "str", "choices": ["present", "absent"], "default": "present"},
@@ -252,6 +288,7 @@ def main() -> None:
 def run(module: AnsibleModule) -> None:
     """Carry the task out and end the module with its result."""
     name = module.params["name"]
+    pace = pace_from(module)
     engine = Engine(guard=True)
     engine.check_host()
     # Two tasks at once could give one spare to two targets.
@@ -263,6 +300,12 @@ def run(module: AnsibleModule) -> None:
             plan = absence(engine, module)
         moved = [] if module.check_mode else engine.apply(plan)
         target = engine.observe(name)
+    kinds = [action.kind for action in plan.actions]
+    if not module.check_mode and (REPLACE in kinds or UNDO in kinds):
+        # A copy takes hours, and locks the target in steps only.
+        engine.replace_main(name, undo=UNDO in kinds, pace=pace)
+        with engine.locked(name):
+            target = engine.observe(name)
     for warning in plan.warnings:
         module.warn(warning)
     lost = [item for chunk in moved for item in chunk.lost]
@@ -275,6 +318,19 @@ def run(module: AnsibleModule) -> None:
         diff=diff_of(plan),
         target=describe_target(target) if target else {},
     )
+
+
+def pace_from(module: AnsibleModule) -> Pace:
+    """How fast to copy."""
+    rate = module.params["copy_rate"]
+    try:
+        return Pace(rate=human_to_bytes(rate))
+    except (ValueError, OverflowError) as error:
+        raise Refused(
+            f"copy_rate {rate!r} is not a number of bytes",
+            device=module.params["name"],
+            remedy="use a number such as 50M, or 0 for no limit",
+        ) from error
 
 
 def request_from(module: AnsibleModule) -> Request:

@@ -22,6 +22,8 @@ What is modelled:
   what waits, unless it is a noflush suspend: then it waits for the resume.
 - The target delay: what waits goes on when the delay is over or the device is suspended; flushes
   do not wait unless they have a delay of their own. A suspend further up waits for the delay.
+- The target raid as a raid1 of one device without metadata: its errors are EIO, and those of a
+  flush are swallowed.
 - Suspend: an application's I/O waits until resume. A swap or suspend that would wait for such
   I/O for ever raises Deadlock. What the engine itself reads or writes there raises Blocked.
 - The tracepoint block_rq_error of disks: one line for each read, write or flush that fails, and a
@@ -39,7 +41,7 @@ import copy
 import errno
 import os
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Union
 
@@ -356,10 +358,13 @@ class Volatile:
 
 
 def destination(segment: Segment, verb: str = "read") -> tuple[str, int, int]:
-    """Where I/O to a linear or delay segment goes: device, offset, and delay in milliseconds."""
+    """Where I/O to a segment goes: device, offset, and delay in milliseconds."""
     words = segment.params.split()
     if segment.target == "linear":
         return words[0], int(words[1]), 0
+    if segment.target == "raid":
+        assert (segment.start, words[:-1]) == (0, "raid1 1 0 1 -".split()), segment
+        return words[-1], 0, 0
     assert (segment.target, len(words)) == ("delay", 9), segment
     first = 3 * ("read", "write", "flush").index(verb)
     return words[first], int(words[first + 1]), int(words[first + 2])
@@ -552,7 +557,12 @@ class Kernel:
         below, offset, delay = destination(segment, io.verb)
         if delay:
             raise Blocked(device, table.delayed, io, "has a delay")
-        return self.perform(below, replace(io, sector=offset + io.sector - segment.start))
+        try:
+            return self.perform(below, replace(io, sector=offset + io.sector - segment.start))
+        except OSError as error:
+            if segment.target == "raid":
+                raise fail(errno.EIO, f"{device.name}: {error}") from error
+            raise
 
     def _flush_segments(self, device: Mapped, table: Table) -> bytes:
         """Flush what is below all segments, at the same time."""
@@ -561,14 +571,15 @@ class Kernel:
             return b""
         blocks: list[Blocked] = []
         errors: list[OSError] = []
-        parts = [destination(s, "flush") for s in table.segments if s.target != "error"]
-        for below in dict.fromkeys(part[0] for part in parts):
+        parts = {destination(s, "flush")[0]: s for s in table.segments if s.target != "error"}
+        for below, segment in parts.items():
             try:
                 self.flush(below)
             except Blocked as blocked:
                 blocks.append(blocked)
             except OSError as error:
-                errors.append(error)
+                if segment.target != "raid":
+                    errors.append(error)
         if blocks:
             assert len(blocks) == 1, "a flush waits at two devices"
             blocks[0].error = blocks[0].error or next(iter(errors), None)
@@ -961,7 +972,7 @@ def below(segments: Iterable[Segment]) -> list[str]:
     """Device numbers that a table uses, each once."""
     found = []
     for segment in segments:
-        if segment.target in ("linear", "delay"):
+        if segment.target in ("linear", "delay", "raid"):
             found += [destination(segment, verb)[0] for verb in ("read", "write", "flush")]
         elif segment.target == "multipath":
             found.append(Multipath.open(segment.params).devno)
@@ -1023,6 +1034,7 @@ class Mapper:
             "integrity": (1, 10, 0),
             "multipath": (1, 14, 0),
             "delay": (1, 3, 0),
+            "raid": (1, 15, 1),
         }
 
     def names(self) -> list[str]:
@@ -1250,6 +1262,14 @@ class Blocks:
     def node_of(self, devno: str) -> str:
         device = self._process.look().find(devno)
         return device.path if isinstance(device, Disk) else f"/dev/dm-{device.minor}"
+
+    def links_to(self, devno: str) -> list[str]:
+        self._process.look()
+        return []
+
+    def nodes_of_size(self, sizes: Collection[int]) -> list[str]:
+        disks = self._process.look().disks.values()
+        return [disk.path for disk in disks if disk.sectors in sizes]
 
     def signatures(self, path: str) -> list[str]:
         kernel = self._process.look()

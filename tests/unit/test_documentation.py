@@ -20,7 +20,8 @@ from dm_remap.format import Extent, LostRange
 from dm_remap.planner import LostSpare, Plan, Request, plan_present
 from dm_remap.report import describe_emptied, describe_remap, describe_target
 from plugins.modules import target as target_module
-from tests.unit.test_planner import REQUEST, active, blank, created
+from tests.unit.test_planner import REQUEST, blank, created
+from tests.unit.test_replacement import half, under_way
 
 ROOT = Path(__file__).resolve().parents[2]
 MODULES = sorted(path.stem for path in (ROOT / "plugins" / "modules").glob("[!_]*.py"))
@@ -58,7 +59,7 @@ def test_every_key_of_a_target_is_documented() -> None:
     # It stands in place of the others.
     del documented["error"]
     metadata = created(Extent(3, 2, 0, 0), lost=(LostRange(390, 2),))
-    target = active(metadata)
+    target = under_way(half(metadata))
     lost = LostSpare(0, "253:0", "8:16", "/dev/spare0", "cannot be read")
     degraded = replace(target, spares=target.spares[1:], lost_spares=(lost,))
     check_keys(documented, describe_target(degraded), "targets")
@@ -120,7 +121,7 @@ def test_the_examples_of_targets_can_be_planned(monkeypatch: pytest.MonkeyPatch)
     held = planned.pop("Hold the errors of an NVMe disk too, and see what that changes")
     assert held.metadata is not None
     assert held.metadata.config["on_error"] == "hold"
-    assert len(planned) == 2
+    assert len(planned) == 3
     for other in planned.values():
         assert other.after["config"]["allocation"] == "first_fit"
 

@@ -113,12 +113,24 @@ def test_other_peoples_devices_and_inactive_targets_are_left_out():
 
 CHUNK, CHUNKS = 8, 12
 SECTORS = CHUNKS * CHUNK - 3
-NUMBERS = {"": 0, "-hold": 1, "-map": 2, "-shim": 3, "-frozen": 4, "-place": 5, "-spare0": 6}
+NUMBERS = {
+    "": 0,
+    "-hold": 1,
+    "-map": 2,
+    "-shim": 3,
+    "-frozen": 4,
+    "-place": 5,
+    "-spare0": 6,
+    "-new": 7,
+}
 DEVNO = {role: f"253:{minor}" for role, minor in NUMBERS.items()}
 
 
-def layered(where, hold, shim):
-    """The devices of a target whose chunks are where the list says, as the engine makes them."""
+def layered(where, hold, shim, copied=None):
+    """The devices of a target whose chunks are where the list says, as the engine makes them.
+
+    With `copied` its main is being replaced by 8:33, which has so many chunks.
+    """
     extents = [
         Extent(logical=c, length=1, spare=0, physical=20 + c)
         for c, place in enumerate(where)
@@ -134,6 +146,8 @@ def layered(where, hold, shim):
         {0: DEVNO["-spare0"]},
         {chunk: position for position, chunk in enumerate(moving)},
         DEVNO["-frozen"],
+        (copied or 0) * CHUNK,
+        DEVNO["-new"],
     )
     if shim:
         table.append(Segment(SECTORS, stack.CARRIER_SECTORS, "linear", "8:17 0"))
@@ -144,6 +158,8 @@ def layered(where, hold, shim):
         "-place": stack.place_table(nowhere, "8:17"),
         "": table,
     }
+    if copied is not None:
+        parts["-new"] = stack.whole_table(SECTORS, "8:33")
     if shim:
         parts["-shim"] = stack.shim_table(SECTORS, "8:17")
     if hold:
@@ -160,24 +176,31 @@ def layered(where, hold, shim):
     where=st.lists(st.sampled_from(["main", "spare", "moving"]), min_size=CHUNKS, max_size=CHUNKS),
     hold=st.booleans(),
     shim=st.booleans(),
+    copied=st.none() | st.integers(0, CHUNKS),
 )
-def test_a_target_is_looked_through_whatever_stands_between_it_and_main(where, hold, shim):
-    found = guarded(*layered(where, hold, shim), disks={"8:17": ("8:16", 2048)})
-    live = {
-        sector
-        for chunk, place in enumerate(where)
-        if place != "spare"
-        for sector in range(chunk * CHUNK, min((chunk + 1) * CHUNK, SECTORS))
-    }
-    if not live:
-        assert found == []
-        return
-    (target,) = found
-    assert (target.name, target.main, target.disk, target.start) == ("data", "8:17", "8:16", 2048)
-    assert target.sectors == SECTORS
-    assert target.on_error == ("hold" if hold else "fail")
-    assert {s for start, count in target.live for s in range(start, start + count)} == live
-    assert list(target.live) == sorted(target.live)
+def test_a_target_is_looked_through_whatever_stands_between_it_and_main(where, hold, shim, copied):
+    disks = {"8:17": ("8:16", 2048), "8:33": ("8:32", 64)}
+    found = guarded(*layered(where, hold, shim, copied), disks=disks)
+
+    def live(main):
+        """A moving chunk may be on either."""
+        return {
+            sector
+            for chunk, place in enumerate(where)
+            if place == "moving"
+            or (place == "main" and (chunk < (copied or 0)) == (main == "8:33"))
+            for sector in range(chunk * CHUNK, min((chunk + 1) * CHUNK, SECTORS))
+        }
+
+    mains = ["8:17"] if copied is None else ["8:17", "8:33"]
+    assert [target.main for target in found] == [main for main in mains if live(main)]
+    for target in found:
+        assert (target.disk, target.start) == disks[target.main]
+        assert (target.name, target.sectors) == ("data", SECTORS)
+        assert target.on_error == ("hold" if hold else "fail")
+        served = {s for start, count in target.live for s in range(start, start + count)}
+        assert served == live(target.main)
+        assert list(target.live) == sorted(target.live)
 
 
 def test_parts_of_another_target_are_not_taken_for_its_own():

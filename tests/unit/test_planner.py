@@ -572,7 +572,7 @@ def test_a_second_run_plans_nothing() -> None:
 def test_an_active_target_keeps_its_main() -> None:
     seen = seen_active(active())
     other = replace(seen, main=info("/dev/main", devno="8:99"))
-    with pytest.raises(Refused, match="is active with the main"):
+    with pytest.raises(Refused, match="on the same disk as the main"):
         plan_present(REQUEST, other)
 
 

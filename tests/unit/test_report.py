@@ -35,6 +35,7 @@ from tests.unit.test_planner import (
     seen_active,
     with_fault,
 )
+from tests.unit.test_replacement import under_way
 
 
 def test_a_target() -> None:
@@ -199,3 +200,16 @@ def test_owners_are_told() -> None:
     assert unknown_owners(owners) == ["whom 3 lost sectors belonged to is unknown: because"]
     report = RemapReport(Plan("data", after={"generation": 4}), files=owners[:1])
     assert describe_remap(report)["lost_files"] == [describe_owner(owners[0])]
+
+
+def test_a_replacement_is_told_with_its_percentage() -> None:
+    told = describe_target(under_way())["replacing"]
+    total = MAIN_SECTORS * 512
+    assert told == {
+        "path": "/dev/new",
+        "devno": "8:64",
+        "copied": 8 * 65536,
+        "total": total,
+        "percent": round(100 * 8 * 65536 / total, 1),
+    }
+    assert describe_target(active())["replacing"] is None

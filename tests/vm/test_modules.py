@@ -31,7 +31,7 @@ NO_DEVICES = "No devices found\nNo devices found\n"
 # What the module info returns of a target.
 DOCUMENTED = set(
     """name device devno uuid generation sectors chunk_size on_error allocation thresholds main
-    spares pool remapped_chunks extents lost interrupted table warnings""".split()
+    replacing spares pool remapped_chunks extents lost interrupted table warnings""".split()
 )
 DOCUMENTED_OF_SPARES = set(
     """index path devno uuid serial wwn model chunks free_chunks used_chunks bad_chunks
