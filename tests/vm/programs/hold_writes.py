@@ -13,9 +13,10 @@ import random
 import struct
 import subprocess
 import sys
+import threading
 import time
 from multiprocessing.connection import Connection, wait
-from typing import Any
+from typing import IO, Any
 
 from scene import BlockDevice, answer, arguments
 
@@ -39,9 +40,25 @@ def block_of(seed: int, sector: int, version: int) -> bytes:
     return b"".join(sector_of(seed, sector + i, version) for i in range(BLOCK_SECTORS))
 
 
+LOG: list[str] = []
+
+
+def follow(stream: IO[str]) -> None:
+    """Keep what the healer says."""
+    for line in stream:
+        LOG.append(f"{time.monotonic():.2f} {line.rstrip()}")
+
+
 def start_healer() -> None:
     """Start the healer and wait until it heals."""
-    healer = subprocess.Popen([sys.executable, "-c", HEALER], stdin=subprocess.DEVNULL)
+    healer = subprocess.Popen(
+        [sys.executable, "-c", HEALER],
+        stdin=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert healer.stderr is not None
+    threading.Thread(target=follow, args=(healer.stderr,), daemon=True).start()
     while not Engine().healer_runs():
         if healer.poll() is not None:
             raise RuntimeError("the healer has ended")
@@ -112,8 +129,9 @@ def main() -> None:
     """Look, then work."""
     given = arguments()
     start_healer()
-    wrong, actions = [], {}
+    wrong, actions, times = [], {}, []
     for target in given["targets"]:
+        times.append(f"{time.monotonic():.2f} {target['name']}")
         actions[target["name"]] = activate(target)
         if given["fill"]:
             with BlockDevice(f"/dev/mapper/{target['name']}", writable=True) as device:
@@ -122,7 +140,10 @@ def main() -> None:
                 device.flush()
         else:
             wrong += problems(target, target["durable"])
-    answer({"wrong": wrong, "actions": actions})
+            times.append(f"{time.monotonic():.2f} {target['name']} was looked at")
+    kernel = subprocess.run(["dmesg"], capture_output=True, text=True, check=False).stdout
+    told = [*times, *LOG[-60:], *kernel.splitlines()[-60:]] if wrong else []
+    answer({"wrong": wrong, "actions": actions, "log": told})
     pipes = []
     for target in given["targets"] if given["work"] else ():
         ours, theirs = multiprocessing.Pipe(duplex=False)
