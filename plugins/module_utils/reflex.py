@@ -512,10 +512,10 @@ class Reflex:
         if ward.target.main is None:
             raise AssertionError("a target that is looked after has a main")
         mains = [info for info in (ward.target.main, ward.target.replacement) if info]
-        gone = any(self._state_of(info.devno) is not DeviceState.LIVE for info in mains)
+        gone = [info for info in mains if self._state_of(info.devno) is not DeviceState.LIVE]
         if gone and not ward.lost:
-            self._report(ward, "device_lost", errors)
-        ward.lost = gone
+            self._report(ward, "device_lost", errors, device=gone[0].path)
+        ward.lost = bool(gone)
         return not gone
 
     def _release(self, ward: Ward, drained: bool = False) -> None:
@@ -568,6 +568,7 @@ class Reflex:
         errors: Sequence[BlockError],
         moved: Moved | None = None,
         reason: str = "",
+        device: str = "",
     ) -> None:
         total = ward.target.metadata.config["main"]["sectors"]
         hit = [
@@ -581,7 +582,7 @@ class Reflex:
             {
                 "type": kind,
                 "target": ward.target.name,
-                "device": main.path if main else "",
+                "device": device or (main.path if main else ""),
                 "generation": ward.target.metadata.generation,
                 "operation": errors[0].operation if errors else "",
                 "errno": errors[0].errno if errors else 0,
