@@ -21,25 +21,29 @@ import signal
 import sqlite3
 import sys
 import time
-from collections.abc import Iterable, Mapping, Sequence
+import uuid
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Callable
 
 from . import api, credentials, events, settings
+from .backups import Backups
 from .blockdev import SECTOR_BYTES, BlockDevice, node_of
 from .errors import DmRemapError, MissingKernelFeature
 from .events import Draft, Origin, counted, local_origin
 from .files import owners
+from .format import Metadata
 from .healed import HealerLink, finding_of, known_number, note_of, number_of
-from .inventory import Guarded, backed_up_generation, guarded_targets
+from .inventory import Guarded, Kept, guarded_targets, kept_of
 from .journal import DamagedJournal, Journal, Observation, Page, failure, move_aside
 from .planner import HOLD
+from .pool import State, event_of_change
 from .probing import DeviceState, Readable, device_state, kernel_name, physical_block
 from .report import event_files
 from .service import HEALER_SOCKET, notify
 from .stack import UUID_PREFIX
 from .threads import Worker
-from .tracing import READ, BlockError, TraceInstance, parse_lines
+from .tracing import READ, BlockError, Parser, TraceInstance
 from .watching import PROBE_ERRORS, Answer, Finding, Patience, Question, Watcher, ask, concerns
 
 BACKUP_FOLDER = "backup"
@@ -54,6 +58,8 @@ _FILES_SECONDS = 30.0
 _HEALER_SECONDS = 1.0
 # Room for a burst of old events when the daemon starts, to know what was reported.
 _RECENT_EVENTS = 1000
+# The journal keeps under it how full the pools were when that was told, by their targets' uuids.
+_POOLS_NOTE = "pools"
 _JOURNAL_ERRORS = (sqlite3.Error, OSError)
 
 log = logging.getLogger("dm-remapd")
@@ -67,7 +73,8 @@ class Host:
     """
 
     def __init__(self, state_directory: str) -> None:
-        self._backups = os.path.join(state_directory, BACKUP_FOLDER)
+        self._backups = Backups(os.path.join(state_directory, BACKUP_FOLDER))
+        self._metadata: dict[uuid.UUID, Metadata] = {}
         self._tables: Any = None
 
     def targets(self) -> list[Guarded]:
@@ -76,11 +83,18 @@ class Host:
             from .devmapper import DeviceMapper
 
             self._tables = DeviceMapper()
-        return guarded_targets(
-            self._tables,
-            UUID_PREFIX,
-            generation_of=lambda target: backed_up_generation(self._backups, target),
-        )
+        return guarded_targets(self._tables, UUID_PREFIX, kept=self._kept)
+
+    def _kept(self, target: uuid.UUID, active: Collection[int]) -> Kept:
+        newest = next(iter(self._backups.generations(target)), 0)
+        known = self._metadata.get(target)
+        # A target is asked for with each error, and its metadata seldom changes.
+        if known is None or known.generation != newest:
+            known = self._backups.newest(target)
+            if known is None:
+                return Kept()
+            self._metadata[target] = known
+        return kept_of(known, active)
 
     def state(self, devno: str) -> DeviceState:
         """Return whether a device can be asked."""
@@ -124,6 +138,7 @@ class Daemon:
         self._settings = configuration
         self._origin = origin
         self._trace = trace
+        self._parser = Parser()
         self._host = host
         self._clock = clock
         self._patience = Patience(configuration.probe_seconds, configuration.again_seconds)
@@ -146,6 +161,7 @@ class Daemon:
         self._healer_socket = healer_socket
         self._healer: HealerLink | None = None
         self._reported = (0, 0)
+        self._pools: dict[str, State] = {}
         self._journal: Any = None
         self.journal_id = ""
         self.port = configuration.port
@@ -269,6 +285,8 @@ class Daemon:
             pending = await self._journal_thread.call(self._journal.pending)
             note = await self._journal_thread.call(self._journal.note, "healer")
             self._reported = known_number(note)
+            pools = await self._journal_thread.call(self._journal.note, _POOLS_NOTE)
+            self._pools = _known_pools(pools)
             started = Draft(events.STARTED, f"dm-remapd watches {self._origin.host}")
             await self._write([*_forgotten(stale), started], stale)
         except (DmRemapError, *_JOURNAL_ERRORS) as error:
@@ -375,7 +393,7 @@ class Daemon:
         except OSError as error:
             self._lose_trace(f"the trace cannot be read: {error.strerror}")
             return False
-        errors, lost = parse_lines(lines)
+        errors, lost = self._parser.split(lines)
         for failed in errors:
             self._counts["errors" if failed.request else "bios"] += 1
         if errors:
@@ -440,6 +458,27 @@ class Daemon:
             await self._try_to_write(notes={"trouble": self._troubles["journal"]})
         await self._listen()
         await self._refresh()
+        await self._check_pools()
+
+    async def _check_pools(self) -> None:
+        """Tell of each pool that has become fuller by a step since it was told of."""
+        known = dict(self._pools)
+        drafts = []
+        for target in self._targets:
+            room = target.kept.room
+            if room is None:
+                continue
+            kind = event_of_change(known.get(str(target.uuid), State.OK), room)
+            if kind:
+                message = f"{target.name}: {target.kept.warning}"
+                generation = target.kept.generation
+                drafts.append(Draft(kind, message, target.name, generation=generation))
+            known[str(target.uuid)] = room
+        if known == self._pools:
+            return
+        note = json.dumps({name: state.value for name, state in known.items()})
+        if await self._try_to_write(drafts, notes={_POOLS_NOTE: note}):
+            self._pools = known
 
     async def _check_blindness(self) -> None:
         reason = self._troubles.get("tracing", "")
@@ -698,6 +737,14 @@ def _forgotten(stale: Sequence[Observation]) -> list[Draft]:
         f" {', '.join(devices[:8])}{more} could be explained; errors may have gone unseen"
     )
     return [Draft(events.OVERRUN, message, requests=requests)]
+
+
+def _known_pools(note: str) -> dict[str, State]:
+    """How full the pools were, from the journal; empty if that is not understood."""
+    try:
+        return {str(name): State(value) for name, value in json.loads(note or "{}").items()}
+    except (ValueError, AttributeError):
+        return {}
 
 
 async def serve(configuration: settings.Settings) -> None:

@@ -9,10 +9,11 @@ import ctypes
 import errno
 import os
 import re
+import threading
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Callable
 
 from .errors import DmRemapError, MissingKernelFeature
 
@@ -22,6 +23,13 @@ _CREATE, _RELOAD, _REMOVE = 0, 1, 2
 _SUSPEND, _RESUME, _INFO, _DEPS = 4, 5, 6, 7
 _VERSION, _STATUS, _TABLE, _LIST, _CLEAR = 9, 10, 11, 13, 14
 _LIST_VERSIONS, _MESSAGE = 16, 17
+
+# libdevmapper's buffer for answers, and the most that a linear line needs there: struct
+# dm_target_spec of linux/dm-ioctl.h, "major:minor sector" and padding.
+_ANSWER_BYTES = 16 * 1024
+_LINE_BYTES = 40 + 48
+
+_SWAP_BEGINS_SECONDS = 0.02
 
 _QUEUE_TIMEOUT = "/sys/module/dm_multipath/parameters/queue_if_no_path_timeout_secs"
 
@@ -328,6 +336,34 @@ class DeviceMapper:
                 self._check(cookie_set, name, "announce")
             self._run(task, name, "resume")
 
+    def swap_while(self, name: str, meanwhile: Callable[[], None], events: Any = None) -> None:
+        """Like `swap`, for a device with I/O in flight that only ``meanwhile`` brings to an end.
+
+        New I/O waits until the table is live, as in every swap, and so also while that is called.
+
+        Args:
+            name: the mapped device.
+            meanwhile: called again and again until the swap is done.
+            events: what `events` gave.
+        """
+        failures: list[BaseException] = []
+
+        def run() -> None:
+            try:
+                self.swap(name, events)
+            except BaseException as error:
+                failures.append(error)
+
+        thread = threading.Thread(target=run, name=f"swap of {name}", daemon=True)
+        thread.start()
+        # By then new I/O waits, for which the kernel takes some microseconds: no command tells.
+        thread.join(_SWAP_BEGINS_SECONDS)
+        while thread.is_alive():
+            meanwhile()
+            thread.join(_SWAP_BEGINS_SECONDS)
+        if failures:
+            raise failures[0]
+
     @contextmanager
     def events(self) -> Iterator[Any]:
         """Collect the events of swaps, and wait for udev at the end instead of in each swap."""
@@ -448,7 +484,16 @@ class DeviceMapper:
         return info
 
     def _segments(self, kind: int, name: str) -> list[Segment]:
+        with self._task(_INFO, name) as task:
+            self._run(task, name, "query")
+            lines = self._info_of(task).target_count
         with self._task(kind, name) as task:
+            if lines * _LINE_BYTES > _ANSWER_BYTES:
+                # A message has no meaning here but room for the answer. Without it the library
+                # doubles its buffer, and from then on that of each command: a load of 20,000 lines
+                # took 170 MB after their table was read once.
+                room = b"." * (lines * _LINE_BYTES)
+                self._check(self._library.dm_task_set_message(task, room), name, "prepare")
             self._run(task, name, "read the table of")
             start, length = ctypes.c_uint64(), ctypes.c_uint64()
             target, params = ctypes.c_char_p(), ctypes.c_char_p()

@@ -20,6 +20,7 @@ from dataclasses import dataclass, field, replace
 from typing import IO, Any, Protocol
 
 from . import (
+    backups,
     blockdev,
     copies,
     extents,
@@ -41,7 +42,6 @@ from .format import (
     Geometry,
     Metadata,
     geometry_of,
-    pack_slot,
     spare_uuid_of,
 )
 from .freezing import FREEZE_SECONDS, Freezer, existing, held_chunks, is_parked, own_part
@@ -60,8 +60,6 @@ from .probing import MEDIUM_ERRORS, answers, answers_at
 from .salvage import Outcome, Patience, Salvage, Unfinished, begin, salvage
 
 LOCK_DIR = "/run/dm-remap"
-BACKUP_DIR = "/var/lib/dm-remap/backup"
-BACKUPS_KEPT = 16
 # How long the kernel holds failed I/O that nobody heals.
 HOLD_SECONDS = 120
 
@@ -152,6 +150,9 @@ class Mapper(Protocol):
 
     def swap(self, name: str, events: Any = ...) -> None:
         """Make it live, and resume."""
+
+    def swap_while(self, name: str, meanwhile: Callable[[], None], events: Any = ...) -> None:
+        """Swap while something ends what is in flight."""
 
     def clear(self, name: str) -> None:
         """Drop the inactive table."""
@@ -412,7 +413,7 @@ class Engine:
         step: Callable[[str], None] | None = None,
         progress: Callable[[str], None] | None = None,
         lock_dir: str = LOCK_DIR,
-        backup_dir: str = BACKUP_DIR,
+        backup_dir: str = backups.FOLDER,
         guard: bool = False,
     ) -> None:
         self._mapper: Mapper = mapper or DeviceMapper()
@@ -420,7 +421,7 @@ class Engine:
         self._step = step or (lambda name: None)
         self._progress = progress or (lambda text: None)
         self._lock_dir = lock_dir
-        self._backup_dir = backup_dir
+        self._backups = backups.Backups(backup_dir)
         self._guard = guard
         self._freezer = Freezer(self._mapper, self._step)
         # Spares that did not take the last generation, by target.
@@ -588,6 +589,8 @@ class Engine:
                 spares=(),
                 choice=choice,
                 path=path,
+                cut=self._cut_of(device) if path else (),
+                past_hold=bool(path) and upper.devno in self._mapper.dependencies(name),
                 shim=shim if shim and (shim.devno in used or serves) else None,
                 frozen=frozen if frozen and frozen.devno in used else None,
                 replacement=None if replaced else new,
@@ -629,6 +632,10 @@ class Engine:
             strays=tuple(strays),
         )
 
+    def look_at_spares(self, target: ActiveTarget) -> ActiveTarget:
+        """The target with its spares as they are now, and its metadata as it was known."""
+        return self._with_spares(target, self._look_at_spares(target.device))
+
     def _trouble_in_data(self, look: _Look, metadata: Metadata) -> str:
         """What is wrong with a spare's integrity device, which fails for good by one bad place."""
         chunks = planner.chunks_on(metadata, look.index)
@@ -657,9 +664,14 @@ class Engine:
         upper = self._part(device, stack.map_name(device.name))
         if hold is None or upper is None:
             return device, None
-        if hold.devno not in self._mapper.dependencies(device.name):
+        if not {hold.devno, upper.devno}.intersection(self._mapper.dependencies(device.name)):
             return device, None
         return upper, self.path_of(device.name)
+
+    def _cut_of(self, device: MappedDevice) -> tuple[tuple[int, int], ...]:
+        """Ranges of a target that fail above the device that holds its errors."""
+        table = self._mapper.table(device.name)
+        return tuple((s.start, s.length) for s in table if s.target == "error")
 
     def _lower_mains(self, name: str, own: Collection[str]) -> list[str]:
         """Main's device number where only the shim or the freezing devices lead to it."""
@@ -1007,6 +1019,7 @@ class Engine:
                 done += moved.chunks
                 self._progress(f"{len(done)} of {len(chunks)} chunks have left {action.device}")
                 self.backup(moved.metadata)
+        self.cut_off(self.require(plan.name))
         return done
 
     def _do_commit_metadata(self, plan: Plan, action: planner.Action) -> None:
@@ -1182,7 +1195,12 @@ class Engine:
         return self._existing(part).devno
 
     def _create_hold(
-        self, metadata: Metadata, name: str, table: Sequence[Segment], carrier: str
+        self,
+        metadata: Metadata,
+        name: str,
+        table: Sequence[Segment],
+        carrier: str,
+        cut: Sequence[tuple[int, int]] = (),
     ) -> list[Segment]:
         """Create the map, and above it what holds failed I/O; the table for the target."""
         self._mapper.arm_queue_timeout(HOLD_SECONDS)
@@ -1195,7 +1213,7 @@ class Engine:
         parts = (stack.place_name(name), stack.frozen_name(name))
         if all(self._mapper.info(part) is None for part in parts):
             self._create_parked(metadata, name, carrier)
-        return stack.whole_table(sectors, hold)
+        return stack.top_table(sectors, hold, cut)
 
     def _do_remove_target(self, plan: Plan, action: planner.Action) -> None:
         target = self._existing(plan.name)
@@ -1254,7 +1272,9 @@ class Engine:
         target = self.require(plan.name)
         # What an interrupted switch left stands under nothing.
         self._remove_parts(target.device, stack.hold_name(plan.name), stack.map_name(plan.name))
-        table = self._create_hold(target.metadata, plan.name, target.table, target.carrier)
+        table = self._create_hold(
+            target.metadata, plan.name, target.table, target.carrier, target.unavailable
+        )
         self._mapper.load(plan.name, table)
         with self._mapper.events() as events:
             self._mapper.swap(plan.name, events)
@@ -1271,6 +1291,73 @@ class Engine:
 
     def _do_restore_hold(self, plan: Plan, action: planner.Action) -> None:
         self.release(self.require(plan.name))
+
+    def _do_cut_off(self, plan: Plan, action: planner.Action) -> None:
+        self.cut_off(self.require(plan.name))
+
+    def cut_off(self, target: ActiveTarget) -> None:
+        """Let I/O to chunks on lost spares fail above the hold, where it makes nothing else wait.
+
+        What a target without a hold maps to a lost spare fails anyway. The caller holds the lock.
+        """
+        if not target.path or (target.cut == target.unavailable and not target.past_hold):
+            return
+        name, sectors = target.name, target.metadata.config["main"]["sectors"]
+        hold = self._existing(stack.hold_name(name)).devno
+        fresh = subtract_ranges(target.unavailable, target.cut)
+        with self._mapper.events() as events:
+            if target.past_hold:
+                self.release(target)
+            elif fresh:
+                past = stack.top_table(sectors, target.map.devno, target.unavailable)
+                self._fail_waiting(target, fresh, past, events)
+            self._mapper.load(name, stack.top_table(sectors, hold, target.unavailable))
+            self._mapper.swap(name, events)
+        self._step("cut_off")
+
+    def _fail_waiting(
+        self,
+        target: ActiveTarget,
+        ranges: Sequence[tuple[int, int]],
+        past: Sequence[Segment],
+        events: Any,
+    ) -> None:
+        """Let I/O to some chunks that waits fail, and no other; the target is past the hold then.
+
+        Multipath can only let all that waits fail. So these chunks are frozen, the rest goes on,
+        and what is left in flight when the target's table is swapped is theirs alone.
+
+        Args:
+            target: the target, whose errors are held.
+            ranges: sectors of whole chunks.
+            past: the target's table that leads to the map, and where these chunks fail.
+            events: what `DeviceMapper.events` gave.
+        """
+        name = target.name
+        chunk_sectors = target.metadata.config["chunk_sectors"]
+        chunks = [
+            chunk
+            for start, count in ranges
+            for chunk in range(start // chunk_sectors, -(-(start + count) // chunk_sectors))
+        ]
+
+        def let_fail() -> None:
+            self._mapper.message(stack.hold_name(name), "fail_if_no_path")
+            self._freezer.fail(name)
+
+        try:
+            self._freezer.freeze(target, chunks, FREEZE_SECONDS, events)
+            self.release(target)
+            self._mapper.load(name, past)
+            self._mapper.swap_while(name, let_fail, events)
+            self._step("past_hold")
+            self.release(target)
+            self._freezer.thaw(target, target.metadata, chunks, events)
+        except BaseException:
+            self.release(target)
+            self._end_freeze(name, ())
+            raise
+        self._freezer.park(target)
 
     def _do_insert_shim(self, plan: Plan, action: planner.Action) -> None:
         self._insert_shim(self.require(plan.name))
@@ -2035,8 +2122,14 @@ class Engine:
                 self._freezer.park(target)
                 return
             hiding = [i for i in target.choice.missing if members is None or i in members]
-            if hiding:
-                # A newer generation may be there, and would later show the chunks' old data.
+            lost = {
+                chunk
+                for s in target.lost_spares
+                for chunk in planner.chunks_on(target.metadata, s.index)
+            }
+            if hiding and not lost.issuperset(chunks):
+                # A newer generation may be there, and would later show the chunks' old data. What
+                # is on a lost spare shows none.
                 raise DmRemapError(
                     f"spares {hiding} cannot be read, and may have a newer generation that says "
                     f"where chunks {chunks} are",
@@ -2076,26 +2169,10 @@ class Engine:
 
     def backup(self, metadata: Metadata) -> None:
         """Keep the metadata on the host too; a backup that fails costs no remap."""
-        folder = os.path.join(self._backup_dir, str(metadata.target_uuid))
-        index = next(i for i, spare in enumerate(metadata.config["spares"]) if spare)
-        raw = pack_slot(
-            metadata,
-            spare_uuid_of(metadata, index),
-            geometry_of(metadata, index).spare_sectors,
-            copy_index=0,
-        )
         try:
-            os.makedirs(folder, mode=0o700, exist_ok=True)
-            path = os.path.join(folder, f"{metadata.generation:020d}.slot")
-            with open(path + ".new", "wb") as file:
-                file.write(raw)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(path + ".new", path)
-            for old in sorted(os.listdir(folder))[:-BACKUPS_KEPT]:
-                os.unlink(os.path.join(folder, old))
+            self._backups.keep(metadata)
         except OSError as error:
-            self._progress(f"no backup in {folder}: {error}")
+            self._progress(f"no backup in {self._backups.folder}: {error}")
 
 
 def host_id() -> uuid.UUID:

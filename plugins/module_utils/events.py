@@ -30,6 +30,7 @@ REMAPPED = "remapped"
 SECTORS_LOST = "sectors_lost"
 REMAP_FAILED = "remap_failed"
 FLUSH_FAILED = "flush_failed"
+SPARE_LOST = "spare_lost"
 STARTED = "started"
 POOL_WARN = "pool_warn"
 POOL_CRITICAL = "pool_critical"
@@ -47,6 +48,7 @@ SEVERITIES: Mapping[str, str] = {
     SECTORS_LOST: "critical",
     REMAP_FAILED: "error",
     FLUSH_FAILED: "critical",
+    SPARE_LOST: "critical",
     STARTED: "info",
     POOL_WARN: "warning",
     POOL_CRITICAL: "error",

@@ -75,6 +75,10 @@ def finding_of(report: Mapping[str, Any], is_news: Callable[[str, str], bool]) -
         message = f"its main {device} is gone or offline, and its I/O waits for it"
         drafted, told = (events.DEVICE_LOST, message, (), hit), Finding(target, lost=True)
         conditions = (events.DEVICE_LOST,)
+    elif kind == "spare_lost":
+        drafted = (events.SPARE_LOST, str(report["reason"]), (), hit)
+        told = Finding(target)
+        conditions = (f"{events.SPARE_LOST}/{report['reason']}",)
     else:
         raise KeyError(kind)
     requests = int(report["requests"])

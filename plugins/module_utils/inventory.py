@@ -8,18 +8,47 @@ No disk is read for it, so that a sick one cannot delay it.
 
 from __future__ import annotations
 
-import os
 import re
 import uuid
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Callable, Protocol
 
 from .devmapper import MappedDevice, Segment
 from .extents import merge_sectors
+from .format import MAX_SPARES, Metadata, geometry_of
 from .mapping import linear_target
 from .planner import FAIL, HOLD
+from .pool import State, pool_of, state_of, thresholds_of, warning_of
 from .probing import serves_requests, whole_disk
+from .stack import spare_name
+
+
+@dataclass(frozen=True)
+class Kept:
+    """What metadata that is kept on the host says of a target.
+
+    Args:
+        generation: its generation, 0 if none is kept.
+        room: how full the active spares are, None if that is not known.
+        warning: a sentence about it, "" if there is nothing to warn of.
+    """
+
+    generation: int = 0
+    room: State | None = None
+    warning: str = ""
+
+
+def kept_of(metadata: Metadata, active: Collection[int]) -> Kept:
+    """What metadata says of a target whose spares with the indices ``active`` are there."""
+    geometries = {
+        index: geometry_of(metadata, index)
+        for index, spare in enumerate(metadata.config["spares"])
+        if spare and index in active
+    }
+    known = pool_of(metadata, geometries)
+    limits = thresholds_of(metadata.config)
+    return Kept(metadata.generation, state_of(known, limits), warning_of(known, limits) or "")
 
 
 @dataclass(frozen=True)
@@ -38,7 +67,7 @@ class Guarded:
         live: ranges (start, count) of the target's sectors that main still serves; chunks that are
             on the move count, because main's errors there are no old news yet.
         request_based: whether the disk's errors come as requests, else they come as bios.
-        generation: of the newest metadata that this host committed, 0 if it keeps none.
+        kept: what is known from the newest metadata that this host committed.
         on_error: ``hold`` where failed I/O waits for a remap, else ``fail``.
     """
 
@@ -50,7 +79,7 @@ class Guarded:
     sectors: int
     live: tuple[tuple[int, int], ...]
     request_based: bool = True
-    generation: int = 0
+    kept: Kept = Kept()
     on_error: str = FAIL
 
 
@@ -75,7 +104,7 @@ def guarded_targets(
     prefix: str,
     disk_of: Callable[[str], tuple[str, int]] = whole_disk,
     requests: Callable[[str], bool] = serves_requests,
-    generation_of: Callable[[uuid.UUID], int] = lambda target: 0,
+    kept: Callable[[uuid.UUID, Collection[int]], Kept] = lambda target, active: Kept(),
 ) -> list[Guarded]:
     """Return the active targets.
 
@@ -85,7 +114,7 @@ def guarded_targets(
             with the 32 hexadecimal digits of its own uuid and ends there.
         disk_of: the disk and the first sector on it for a device number.
         requests: whether a device number has request queues.
-        generation_of: the generation of a target's metadata.
+        kept: what is known of a target, by its uuid and the indices of its active spares.
     """
     own = {}
     for name in tables.names():
@@ -96,20 +125,22 @@ def guarded_targets(
     for digits, device in own.items():
         if not device.live_table or not re.fullmatch("[0-9a-f]{32}", digits):
             continue
-        for layers in _layers(tables, own, digits):
-            disk, start = disk_of(layers.main)
+        layers = _layers(tables, own, digits)
+        known = kept(uuid.UUID(digits), layers[0].spares) if layers else Kept()
+        for layer in layers:
+            disk, start = disk_of(layer.main)
             found.append(
                 Guarded(
                     name=device.name,
                     uuid=uuid.UUID(digits),
-                    main=layers.main,
+                    main=layer.main,
                     disk=disk,
                     start=start,
-                    sectors=layers.sectors,
-                    live=layers.live,
+                    sectors=layer.sectors,
+                    live=layer.live,
                     request_based=requests(disk),
-                    generation=generation_of(uuid.UUID(digits)),
-                    on_error=layers.on_error,
+                    kept=known,
+                    on_error=layer.on_error,
                 )
             )
     return found
@@ -123,6 +154,7 @@ class _Layers:
     sectors: int
     live: tuple[tuple[int, int], ...]
     on_error: str
+    spares: frozenset[int]
 
 
 def _layers(tables: Tables, own: Mapping[str, MappedDevice], digits: str) -> list[_Layers]:
@@ -140,7 +172,7 @@ def _layers(tables: Tables, own: Mapping[str, MappedDevice], digits: str) -> lis
 
     device, on_error = own[digits], FAIL
     hold, upper = part("hold"), part("map")
-    if hold and upper and hold.devno in tables.dependencies(device.name):
+    if hold and upper and {hold.devno, upper.devno} & {*tables.dependencies(device.name)}:
         device, on_error = upper, HOLD
     ours = {other.devno for other in own.values()}
 
@@ -160,12 +192,13 @@ def _layers(tables: Tables, own: Mapping[str, MappedDevice], digits: str) -> lis
     # Beside a shim a segment beyond the target's end hands flushes to main.
     carried = sum(p.length for p in pieces if p.device == main and p not in at_home)
     sectors = sum(segment.length for segment in table) - carried
+    spares = frozenset(index for index in range(MAX_SPARES) if part(spare_name("", index)[1:]))
     found = []
     for disk, over in ((main, part("shim")), (below("new"), part("new"))):
         served = [p for p in at_home if p.device == disk or (over and p.device == over.devno)]
         live = merge_sectors((p.start, p.length) for p in [*served, *moving])
         if disk and live:
-            found.append(_Layers(disk, sectors, tuple(live), on_error))
+            found.append(_Layers(disk, sectors, tuple(live), on_error, spares))
     return found
 
 
@@ -177,13 +210,3 @@ class _Piece:
     length: int
     device: str
     offset: int
-
-
-def backed_up_generation(folder: str, target: uuid.UUID) -> int:
-    """Return the newest generation among the engine's backups of a target, 0 without any."""
-    try:
-        names = os.listdir(os.path.join(folder, str(target)))
-    except OSError:
-        return 0
-    numbers = [name.partition(".")[0] for name in names if name.endswith(".slot")]
-    return max((int(number) for number in numbers if number.isdigit()), default=0)

@@ -119,6 +119,8 @@ class ActiveTarget:
         spares: the spares that can be used.
         choice: the metadata that was chosen among the spares' copies.
         path: state of the path that holds failed I/O; None where errors are passed on.
+        cut: ranges (start, count) of its sectors whose I/O fails above that, at once.
+        past_hold: it stands on its map, past what holds failed I/O, where a cut was interrupted.
         shim: the device between the map and main.
         frozen: the device that the map sends frozen chunks to, where a move was interrupted.
         tidy: whether an interruption left nothing else in the kernel.
@@ -137,6 +139,8 @@ class ActiveTarget:
     spares: tuple[ActiveSpare, ...]
     choice: copies.Choice
     path: PathState | None = None
+    cut: tuple[tuple[int, int], ...] = ()
+    past_hold: bool = False
     shim: MappedDevice | None = None
     frozen: MappedDevice | None = None
     tidy: bool = True
@@ -169,6 +173,12 @@ class ActiveTarget:
         """
         lost = {spare.index: spare.devno for spare in self.lost_spares if spare.devno}
         return {**lost, **{spare.index: spare.devno for spare in self.spares}}
+
+    @property
+    def unavailable(self) -> tuple[tuple[int, int], ...]:
+        """Ranges (start, count) of its sectors that are on spares which cannot be used."""
+        chunks = [c for lost in self.lost_spares for c in chunks_on(self.metadata, lost.index)]
+        return tuple(sectors_of(self.metadata, sorted(chunks)))
 
     @property
     def behind(self) -> set[int]:
@@ -1013,6 +1023,9 @@ def plan_upkeep(target: ActiveTarget) -> Plan:
         actions.append(Action("thaw", target.name))
     elif not target.tidy:
         actions.append(Action("tidy", target.name))
+    if target.path and (target.past_hold or target.cut != target.unavailable):
+        details = {"sectors": [list(item) for item in target.unavailable]}
+        actions.append(Action("cut_off", target.name, details))
     # A spare that cannot be read may have a newer generation, of which they are spares.
     for stray in target.strays if not target.lost_spares else ():
         if stray.marked:
@@ -1463,8 +1476,7 @@ def warnings_of(choice: copies.Choice) -> tuple[str, ...]:
 
 def pool_warnings(metadata: Metadata, geometries: Mapping[int, Geometry]) -> tuple[str, ...]:
     """What the user should know of the room on the spares."""
-    bad = pool.bad_places_of(metadata)
-    there = pool.whole(pool.capacities(geometries, metadata.extents, bad).values())
+    there = pool.pool_of(metadata, geometries)
     warning = pool.warning_of(there, pool.thresholds_of(metadata.config))
     return (f"{metadata.config['name']}: {warning}",) if warning else ()
 

@@ -95,6 +95,11 @@ def whole(parts: Iterable[Capacity]) -> Capacity:
     return Capacity(**{key: sum(row[key] for row in rows) for key in asdict(Capacity(0, 0))})
 
 
+def pool_of(metadata: Metadata, geometries: Mapping[int, Geometry]) -> Capacity:
+    """The capacity of the spares with these layouts, by index, together."""
+    return whole(capacities(geometries, metadata.extents, bad_places_of(metadata)).values())
+
+
 def _is_int(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 

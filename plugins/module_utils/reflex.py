@@ -26,11 +26,11 @@ from .engine import Disks, Engine, Moved
 from .errors import DmRemapError
 from .events import intersect_ranges
 from .hasty import HastyReader
-from .planner import ActiveTarget, plan_upkeep
+from .planner import ActiveTarget, degradation, plan_upkeep
 from .probing import MEDIUM_ERRORS, DeviceState, device_state, serves_requests, whole_disk
 from .report import sector_ranges
 from .salvage import Patience, Salvage, Unfinished
-from .tracing import FLUSH, WRITE, BlockError, Lost, TraceInstance, parse_line
+from .tracing import FLUSH, WRITE, BlockError, Lost, Parser, TraceInstance
 
 INSTANCE = "dm_remap_reflex"
 
@@ -44,6 +44,8 @@ _ALERT_SECONDS = 2.0
 # many seconds without it is forgotten.
 _STRIKES = 50
 _CALM_SECONDS = 60.0
+# So many times it may be innocent I/O that was on its way when the path was reinstated.
+_DOUBTS = 2
 # A chunk that could be read after it failed is moved if it fails again within this time.
 _AGAIN_SECONDS = 300.0
 _REPORTS_KEPT = 10_000
@@ -87,6 +89,7 @@ class Ward:
         new_start: the new main's first sector there.
         new_requests: whether that disk's errors come as requests.
         below: device numbers that its map used or may use without having another main.
+        let_go: its devices are closed, because somebody else works on the target.
     """
 
     target: ActiveTarget
@@ -108,6 +111,15 @@ class Ward:
     new_start: int = 0
     new_requests: bool = True
     below: frozenset[str] = frozenset()
+    let_go: bool = False
+
+    def close(self) -> None:
+        """Close its devices."""
+        self.closing.close()
+        if self.hasty:
+            self.hasty.close()
+            self.hasty = None
+        self.let_go = True
 
 
 @dataclass(frozen=True)
@@ -236,6 +248,7 @@ class Reflex:
     ) -> None:
         self._engine = engine
         self._trace = trace
+        self._parser = Parser()
         self._tell = tell
         self._state_of = state_of
         self._disk_of = disk_of
@@ -299,7 +312,7 @@ class Reflex:
             lines = self._trace.read()
             if not lines:
                 return found
-            for item in map(parse_line, lines):
+            for item in self._parser.parse(lines):
                 # A readahead that fails is held like any read.
                 if isinstance(item, BlockError):
                     found.append(item)
@@ -375,6 +388,7 @@ class Reflex:
             if target.path is None or target.main is None:
                 return None
             upkeep = plan_upkeep(target)
+            cut = target.cut
             if upkeep.changes:
                 self._engine.apply(upkeep)
                 target = self._engine.require(name)
@@ -392,6 +406,7 @@ class Reflex:
         if before:
             ward.errors, ward.suspects = before.errors, before.suspects
             ward.slow_until = before.slow_until
+            ward.strikes, ward.struck = before.strikes, before.struck
         ward.requests = self._requests(disk)
         if target.replacement:
             ward.new_disk, ward.new_start = self._disk_of(target.replacement.devno)
@@ -401,14 +416,14 @@ class Reflex:
             # What the trace says of it comes first.
             ward.alert_until = self._clock() + _ALERT_SECONDS
         self._wards[name] = ward
+        if target.cut != cut:
+            self._tell_lost_spares(ward)
         return ward
 
     def _dismiss(self, name: str) -> None:
         ward = self._wards.pop(name, None)
         if ward:
-            ward.closing.close()
-            if ward.hasty:
-                ward.hasty.close()
+            ward.close()
 
     # Healing
 
@@ -421,9 +436,10 @@ class Reflex:
             return
         with self._engine.try_locked(name) as locked:
             if not locked:
+                self._wards[name].close()
                 return
             ward: Ward | None = self._wards[name]
-            if ward and not self._engine.is_current(ward.target, ward.disks):
+            if ward and (ward.let_go or not self._engine.is_current(ward.target, ward.disks)):
                 ward = self._admit(name)
             if ward is None:
                 return
@@ -569,12 +585,18 @@ class Reflex:
         moved: Moved | None = None,
         reason: str = "",
         device: str = "",
+        hit: Sequence[tuple[int, int]] = (),
     ) -> None:
         total = ward.target.metadata.config["main"]["sectors"]
         hit = [
-            piece
-            for error in errors
-            for piece in intersect_ranges([(error.sector - ward.start, error.count)], (0, total))
+            *hit,
+            *(
+                piece
+                for error in errors
+                for piece in intersect_ranges(
+                    [(error.sector - ward.start, error.count)], (0, total)
+                )
+            ),
         ]
         new = bool(ward.new_disk and errors and errors[0].devno == ward.new_disk)
         main = ward.target.replacement if new else ward.target.main
@@ -613,11 +635,26 @@ class Reflex:
             if ward.errors or not (due or ward.alert_until > now):
                 continue
             try:
-                self._look_at_path(name, ward)
+                if not due or self._has_devices(name, ward):
+                    self._look_at_path(name, ward)
             except (DmRemapError, OSError, ValueError) as error:
                 log.error("%s", error)
                 self._dismiss(name)
                 self._refresh_at = min(self._refresh_at, now + _TICK_SECONDS)
+
+    def _has_devices(self, name: str, ward: Ward) -> bool:
+        """Close a target's devices while somebody else works on it, who may want to remove one.
+
+        Returns:
+            Whether they have been open all the time.
+        """
+        with self._engine.try_locked(name) as locked:
+            if not locked:
+                ward.close()
+            elif ward.let_go:
+                self._admit(name)
+                return False
+        return locked
 
     def _look_at_path(self, name: str, ward: Ward) -> None:
         now = self._clock()
@@ -637,12 +674,30 @@ class Reflex:
             if now >= ward.struck + _CALM_SECONDS:
                 ward.strikes = 0
             ward.strikes, ward.struck = ward.strikes + 1, now
+            if ward.strikes == _DOUBTS:
+                self._cut_off(ward)
             if ward.strikes < _STRIKES:
                 self._release(ward)
                 return
             # It is no bad sector of main, or the trace would have told.
             ward.strikes = 0
             self._give_up(ward, [], "its path fails again and again, and main has no error")
+
+    def _cut_off(self, ward: Ward) -> None:
+        """Let what is on spares that are lost fail by itself, if that is what fails the path.
+
+        All that is needed for it is known, also if the only spare is the one.
+        """
+        seen = self._engine.look_at_spares(ward.target)
+        if seen.unavailable != seen.cut:
+            self._engine.cut_off(seen)
+            ward.target = replace(seen, cut=seen.unavailable)
+            self._tell_lost_spares(ward)
+
+    def _tell_lost_spares(self, ward: Ward) -> None:
+        if ward.target.unavailable:
+            reason = "; ".join(degradation(ward.target))
+            self._report(ward, "spare_lost", [], reason=reason, hit=ward.target.unavailable)
 
 
 @contextlib.contextmanager

@@ -17,7 +17,7 @@ that are being moved, while flushes pass; below it ``NAME-place`` leads to where
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from .devmapper import Segment
@@ -97,6 +97,25 @@ def part_uuid(target_uuid: str, name: str, part: str) -> str:
 def whole_table(sectors: int, devno: str) -> list[Segment]:
     """One linear segment."""
     return [Segment(0, sectors, "linear", f"{devno} 0")]
+
+
+def top_table(sectors: int, devno: str, cut: Sequence[tuple[int, int]]) -> list[Segment]:
+    """The table of a target above the device that holds its errors, or above its map.
+
+    Args:
+        sectors: the target's size.
+        devno: device number of that device.
+        cut: ranges (start, count), sorted and apart, that fail at once.
+    """
+    segments: list[Segment] = []
+    cursor = 0
+    for start, count in [*cut, (sectors, 0)]:
+        if start > cursor:
+            segments.append(Segment(cursor, start - cursor, "linear", f"{devno} {cursor}"))
+        if count:
+            segments.append(Segment(start, count, "error", ""))
+        cursor = start + count
+    return segments
 
 
 def hold_table(sectors: int, devno: str) -> list[Segment]:

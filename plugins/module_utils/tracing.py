@@ -13,7 +13,7 @@ import contextlib
 import os
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from .errors import MissingKernelFeature
 
@@ -28,6 +28,8 @@ READ, WRITE, FLUSH = "read", "write", "flush"
 _OPERATIONS = {"R": READ, "W": WRITE}
 _RWBS = re.compile(r"(?:F?(?P<data>[RW])|F)(?P<flags>[A-Z]*)\Z")
 
+# A line begins with the task and the processor: `TASK-PID [CPU] FLAGS TIME: EVENT: ...`.
+_CPU = re.compile(r".*-\d+ +\[(?P<cpu>\d+)\] ")
 _LINE = re.compile(
     r": (?P<event>block_rq_error|block_rq_complete|block_bio_complete): "
     r"(?P<major>\d+),(?P<minor>\d+) (?P<rwbs>[A-Z]+) (?:\([^)]*\) )?"
@@ -112,16 +114,54 @@ def _operation(rwbs: str, count: int) -> tuple[str, bool]:
     return _OPERATIONS.get(found["data"], ""), "A" in found["flags"]
 
 
-def parse_lines(lines: Iterable[str]) -> tuple[list[BlockError], int]:
-    """Return the errors in `lines` without readahead, and how many entries the buffer lost."""
-    errors, lost = [], 0
-    for line in lines:
+class Parser:
+    """Parses the lines of a trace in their order, and leaves out what is told twice.
+
+    A disk that cannot write through its cache gets a durable write (REQ_FUA) as a write and a
+    flush. If already the write fails, blk_flush_complete_seq (block/blk-flush.c) ends the request
+    once more, when all of its bytes are done, and that looks like a flush that failed. Nothing on
+    the same processor can come between the two but an interrupt, and no bio ends before both.
+    """
+
+    def __init__(self) -> None:
+        self._writes: dict[str, BlockError] = {}
+
+    def parse(self, lines: Iterable[str]) -> list[BlockError | Lost]:
+        """Parse lines that follow on those of the last call."""
+        return [item for item in map(self._parse, lines) if item is not None]
+
+    def split(self, lines: Iterable[str]) -> tuple[list[BlockError], int]:
+        """Return the errors in `lines` without readahead, and how many entries were lost."""
+        errors, lost = [], 0
+        for item in self.parse(lines):
+            if isinstance(item, Lost):
+                lost += item.count
+            elif not item.readahead:
+                errors.append(item)
+        return errors, lost
+
+    def _parse(self, line: str) -> BlockError | Lost | None:
         item = parse_line(line)
         if isinstance(item, Lost):
-            lost += item.count
-        elif item is not None and not item.readahead:
-            errors.append(item)
-    return errors, lost
+            self._writes.clear()
+            return item
+        found = _CPU.match(line)
+        cpu = found["cpu"] if found else ""
+        before = self._writes.pop(cpu, None)
+        if item is not None and before is not None and _ends_again(item, before):
+            return None
+        if item is not None and cpu and item.request and item.operation == WRITE:
+            self._writes[cpu] = item
+        return item
+
+
+def _ends_again(error: BlockError, before: BlockError) -> bool:
+    """Whether an error is that of a failed write which ends once more."""
+    # Some kernels show the request's end by then.
+    places = (before.sector, before.sector + before.count)
+    return error.sector in places and error == replace(
+        before, operation=FLUSH, sector=error.sector, count=0
+    )
 
 
 def check_format(event: str, text: str) -> None:

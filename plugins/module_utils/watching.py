@@ -296,7 +296,7 @@ class Watcher:
         if not self.is_news(target.name, events.DEVICE_SLOW):
             return Finding(target.name)
         draft = Draft(
-            events.DEVICE_SLOW, message, target.name, device, generation=target.generation
+            events.DEVICE_SLOW, message, target.name, device, generation=target.kept.generation
         )
         return Finding(target.name, [draft], conditions=[events.DEVICE_SLOW])
 
@@ -329,7 +329,7 @@ class Watcher:
         for index, draft in enumerate(found):
             numbered = replace(
                 draft,
-                generation=question.target.generation,
+                generation=question.target.kept.generation,
                 requests=question.requests if index == 0 else 0,
                 merged=merged if index == 0 else 0,
             )

@@ -27,7 +27,7 @@ PACKAGES = (
     "linux-image-amd64 systemd-sysv udev kmod util-linux iproute2 procps less sudo ca-certificates "
     "openssh-server openssl python3 python3-apt python3-pyudev python3-aiohttp "
     "python3-prometheus-client dmsetup libdevmapper1.02.1 lvm2 mdadm e2fsprogs xfsprogs fio "
-    "nvme-cli smartmontools"
+    "nvme-cli smartmontools postgresql"
 ).split()
 
 # Units that cost boot time, or that touch the disks behind a test's back.
@@ -43,6 +43,7 @@ MASKED_UNITS = (
     "systemd-random-seed.service systemd-timesyncd.service systemd-firstboot.service "
     "ldconfig.service systemd-hwdb-update.service systemd-update-done.service "
     "systemd-journal-catalog-update.service proc-sys-fs-binfmt_misc.automount "
+    "postgresql.service "
     "dev-hugepages.mount sys-kernel-config.mount sys-fs-fuse-connections.mount"
 ).split()
 
@@ -153,6 +154,8 @@ def overlay_files(public_key: str) -> dict[str, tuple[int, str]]:
         "etc/systemd/system/ssh.service.d/lab.conf": (0o644, SSH_UNIT),
         "etc/systemd/system/serial-getty@ttyS0.service.d/lab.conf": (0o644, SERIAL_GETTY),
         "etc/systemd/journald.conf.d/lab.conf": (0o644, "[Journal]\nStorage=volatile\n"),
+        # A test makes its own cluster, on a target.
+        "etc/postgresql-common/createcluster.conf": (0o644, "create_main_cluster = false\n"),
         "etc/fstab": (0o644, f"LABEL={ROOT_LABEL} / ext4 rw,noatime 0 0\n"),
         "etc/hostname": (0o644, "lab\n"),
         "etc/hosts": (0o644, "127.0.0.1 localhost lab\n"),

@@ -20,13 +20,13 @@ from typing import Any
 from dm_remap import credentials
 from dm_remap.daemon import Daemon
 from dm_remap.events import Origin
-from dm_remap.inventory import Guarded
+from dm_remap.inventory import Guarded, Kept
 from dm_remap.probing import DeviceState
 from dm_remap.settings import Settings
 from dm_remap.tracing import TraceInstance
 
 ORIGIN = Origin("db1", uuid.UUID(int=7), "boot-a")
-TARGET = Guarded("data", uuid.UUID(int=1), "8:16", "8:16", 0, 8192, ((0, 8192),), True, 3)
+TARGET = Guarded("data", uuid.UUID(int=1), "8:16", "8:16", 0, 8192, ((0, 8192),), True, Kept(3))
 FORMS = {
     "block_rq_error": '"%d,%d %s (%s) %llu + %u [%d]"',
     "block_bio_complete": '"%d,%d %s %llu + %u [%d]"',

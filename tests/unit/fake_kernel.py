@@ -26,7 +26,10 @@ What is modelled:
   flush are swallowed.
 - Suspend: an application's I/O waits until resume. A swap or suspend that would wait for such
   I/O for ever raises Deadlock. What the engine itself reads or writes there raises Blocked.
-- The tracepoint block_rq_error of disks: one line for each read, write or flush that fails.
+- The tracepoint block_rq_error of disks: one line for each read, write or flush that fails, and a
+  second, empty one for a durable write whose data could not be written. block_bio_complete of
+  mapped devices: a line for each I/O that fails.
+- Durable writes (REQ_FUA), which disks carry out as a write and a flush.
 - Statistics (@stats_create, _print, _list, _delete) that count completed writes.
 - Processes: a killed one can do nothing more, and what it made in the kernel stays.
 """
@@ -319,12 +322,16 @@ class Mapped:
 
 @dataclass(frozen=True)
 class Io:
-    """A read, a write or a flush; sectors as the device sees them that it is sent to."""
+    """A read, a write or a flush; sectors as the device sees them that it is sent to.
+
+    A ``durable`` write is on the medium when it ends.
+    """
 
     verb: str
     sector: int = 0
     count: int = 0
     data: bytes = b""
+    durable: bool = False
 
 
 @dataclass(frozen=True)
@@ -469,20 +476,28 @@ class Kernel:
             if blocked.at is not device:
                 blocked.above.append((device.name, io.sector))
             raise
-        except OSError:
+        except OSError as error:
             self._account(device, io)
+            self._print("block_bio_complete", device.devno, io, io.count, error)
             raise
         self._account(device, io)
         return answer
 
     def _perform_on_disk(self, disk: Disk, io: Io) -> bytes:
         try:
-            return self._try_on_disk(disk, io)
+            answer = self._try_on_disk(disk, io)
         except OSError as error:
-            kind = {"read": "R", "write": "W", "flush": "FF"}[io.verb]
-            where = f"{disk.devno.replace(':', ',')} {kind} () {io.sector} + {io.count}"
-            self.trace.append(f" app-1 [0] .. 1.0: block_rq_error: {where} [-{error.errno}]")
+            self._print("block_rq_error", disk.devno, io, io.count, error)
+            if io.durable:
+                self._print("block_rq_error", disk.devno, io, 0, error)
             raise
+        if io.durable:
+            try:
+                disk.flush()
+            except OSError as error:
+                self._print("block_rq_error", disk.devno, io, 0, error)
+                raise
+        return answer
 
     def _try_on_disk(self, disk: Disk, io: Io) -> bytes:
         if io.verb == "read":
@@ -492,6 +507,13 @@ class Kernel:
         else:
             disk.flush()
         return b""
+
+    def _print(self, event: str, devno: str, io: Io, count: int, error: OSError) -> None:
+        """Print what a tracepoint does."""
+        kind = {"read": "R", "write": "WS", "flush": "WS"}[io.verb]
+        command = " ()" if event == "block_rq_error" else ""
+        where = f"{devno.replace(':', ',')} {kind}{command} {io.sector} + {count}"
+        self.trace.append(f" app-1 [0] .. 1.0: {event}: {where} [-{error.errno}]")
 
     def _take_path(self, device: Mapped, path: Multipath, io: Io) -> bytes:
         path.unused, path.current = False, path.active
@@ -515,7 +537,7 @@ class Kernel:
             if start < end:
                 offset = (start - io.sector) * SECTOR
                 data = io.data[offset : offset + (end - start) * SECTOR]
-                piece = Io(io.verb, start, end - start, data)
+                piece = replace(io, sector=start, count=end - start, data=data)
                 parts.append(self._use_segment(device, table, segment, piece))
         return b"".join(parts)
 
@@ -527,6 +549,8 @@ class Kernel:
                 if io.verb == "read":
                     return self._read_integrity(device, io.sector, io.count)
                 self._write_integrity(device, io.sector, io.data)
+                if io.durable:
+                    self._flush_segments(device, table)
                 return b""
             except Blocked as blocked:
                 raise AssertionError("I/O below an integrity device waits") from blocked
@@ -564,9 +588,9 @@ class Kernel:
             raise errors[0]
         return b""
 
-    def submit(self, name: str, sector: int, data: bytes) -> int:
+    def submit(self, name: str, sector: int, data: bytes, durable: bool = False) -> int:
         """An application's write; whether it is done is in ``completed`` or ``failed``."""
-        return self._submit(name, Io("write", sector, len(data) // SECTOR, data))
+        return self._submit(name, Io("write", sector, len(data) // SECTOR, data, durable))
 
     def submit_read(self, name: str, sector: int, count: int) -> int:
         """An application's read: ``completed`` with its data in ``answers``, or ``failed``."""
@@ -853,6 +877,24 @@ class Kernel:
         for request in waiting:
             self._serve(request, device.devno)
 
+    @contextlib.contextmanager
+    def swap_begun(self, name: str) -> Iterator[bool]:
+        """New I/O waits, as in a swap that itself waits for what is in flight, if anything is.
+
+        Whoever began it may be killed, or give it up by an error: then nothing was swapped.
+        """
+        device = self.mapped[name]
+        device.suspended = bool(self._below(name))
+        try:
+            yield device.suspended
+        except BaseException:
+            device.suspended = False
+            waiting, device.waiting[:] = list(device.waiting), []
+            for request in waiting:
+                self._serve(request, device.devno)
+            raise
+        device.suspended = False
+
     def message(self, name: str, text: str) -> None:
         """A message to a multipath target."""
         device = self.mapped[name]
@@ -1052,6 +1094,17 @@ class Mapper:
     def swap(self, name: str, events: None = None) -> None:
         self._device(name)
         self._run("swap", name, lambda: self._process.kernel.resume(name))
+
+    def swap_while(self, name: str, meanwhile: Callable[[], None], events: None = None) -> None:
+        def swap() -> None:
+            kernel = self._process.kernel
+            with kernel.swap_begun(name) as waits:
+                if waits:
+                    meanwhile()
+            kernel.resume(name)
+
+        self._device(name)
+        self._run("swap", name, swap)
 
     def clear(self, name: str) -> None:
         def drop() -> None:

@@ -9,6 +9,7 @@ import asyncio
 import contextlib
 import errno
 import functools
+import itertools
 import json
 import logging
 import os
@@ -27,7 +28,9 @@ from dm_remap import api, credentials, daemon, settings
 from dm_remap import journal as journal_module
 from dm_remap.errors import DmRemapError
 from dm_remap.events import Origin
+from dm_remap.inventory import Kept
 from dm_remap.journal import Journal, Observation
+from dm_remap.pool import State
 from dm_remap.probing import DeviceState, Probe
 from dm_remap.tracing import BlockError, TraceInstance
 from dm_remap.watching import PROBE_ERRORS, Answer, Patience, Watcher
@@ -472,6 +475,68 @@ def test_the_journals_trouble_ends_although_nothing_is_left_to_write(scene, full
             assert it.health()["status"] == "blind"
             full.refused = lambda items: False
             await until(lambda: it.health()["status"] == "ok")
+
+    run(story())
+
+
+STATES = ("ok", "warn", "critical", "full")
+
+
+@pytest.mark.parametrize("restart", [False, True])
+@pytest.mark.parametrize("failing", [False, True])
+def test_each_step_that_a_pool_fills_by_is_told_once(scene, full, monkeypatch, restart, failing):
+    """All pairs of steps, also over a restart, and while the journal cannot be written."""
+    monkeypatch.setattr(daemon, "_CHECK_SECONDS", 0.0)
+    monkeypatch.setattr(daemon, "_TICK_SECONDS", 0.0)
+    full.refused = lambda items: False
+    walk = [state for pair in itertools.product(STATES, STATES) for state in pair]
+
+    def fill(state):
+        kept = Kept(7, State(state), f"filled: {state}")
+        scene.host.guarded = [replace(TARGET, kept=kept)]
+
+    async def seen(it, state):
+        if failing:
+            before = full.failed
+            full.refused = lambda items: True
+            fill(state)
+            changes = it._pools.get(str(TARGET.uuid)) != State(state)
+            await until(lambda: full.failed > before or not changes)
+            full.refused = lambda items: False
+        fill(state)
+        await until(lambda: it._pools.get(str(TARGET.uuid)) == State(state))
+
+    async def story():
+        if not restart:
+            async with scene.running() as it:
+                for state in walk:
+                    await seen(it, state)
+                return await it.page(0, 100, 0)
+        for state in walk:
+            async with scene.running() as it:
+                await seen(it, state)
+                page = await it.page(0, 100, 0)
+        return page
+
+    page = run(story())
+    told = [event for event in page.events if event["type"].startswith("pool_")]
+    rises = [
+        after
+        for before, after in itertools.pairwise(["ok", *walk])
+        if STATES.index(after) > STATES.index(before)
+    ]
+    assert [event["type"] for event in told] == [f"pool_{state}" for state in rises]
+    assert [event["message"] for event in told] == [f"data: filled: {state}" for state in rises]
+    assert {(event["target"], event["generation"]) for event in told} == {("data", 7)}
+
+
+@pytest.mark.parametrize("note", ["[]", "{", '{"a": "unheard of"}'])
+def test_a_note_of_pools_that_is_not_understood_is_no_end(scene, note):
+    async def story():
+        async with scene.running() as it:
+            await it._write([], notes={"pools": note})
+        async with scene.running() as it:
+            assert it.health()["status"] == "ok"
 
     run(story())
 

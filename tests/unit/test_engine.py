@@ -71,7 +71,7 @@ class App:
     def clone(self) -> App:
         return copy.deepcopy(self)
 
-    def write(self, kernel: Kernel, sector: int) -> None:
+    def write(self, kernel: Kernel, sector: int, durable: bool = False) -> None:
         """Write the block at ``sector`` unless an earlier write of it still waits."""
         self.settle(kernel)
         sector -= sector % self.block
@@ -80,7 +80,7 @@ class App:
         known = self.versions[sector]
         data = b"".join(content(sector + i, len(known)) for i in range(self.block))
         known.append(data)
-        number = kernel.submit(NAME, sector, data)
+        number = kernel.submit(NAME, sector, data, durable)
         self.waiting[number] = (sector, len(known) - 1)
         self.settle(kernel)
 

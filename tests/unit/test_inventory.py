@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from dm_remap import stack
 from dm_remap.devmapper import MappedDevice, Segment
 from dm_remap.format import Extent
-from dm_remap.inventory import backed_up_generation, guarded_targets
+from dm_remap.inventory import Kept, guarded_targets
 from dm_remap.mapping import build_table
 
 TARGET_ID = uuid.UUID(int=5)
@@ -42,13 +42,13 @@ class FakeTables:
         return list(dict.fromkeys(word for word in words if re.fullmatch(r"\d+:\d+", word)))
 
 
-def guarded(*devices, disks=None):
+def guarded(*devices, disks=None, kept=lambda target, active: Kept()):
     return guarded_targets(
         FakeTables(*devices),
         "DMREMAP-",
         disk_of=lambda devno: (disks or {}).get(devno, (devno, 0)),
         requests=lambda devno: not devno.startswith("253"),
-        generation_of=lambda target: 9 if target == TARGET_ID else 0,
+        kept=kept,
     )
 
 
@@ -76,7 +76,6 @@ def test_a_target_is_found_with_its_disk_and_what_main_still_serves():
     assert (found.disk, found.start, found.sectors) == ("8:16", 2048, 1024)
     assert found.live == ((0, 128), (256, 768))
     assert found.request_based
-    assert found.generation == 9
 
 
 def test_a_spare_chunk_at_the_same_offset_is_not_taken_for_main():
@@ -110,15 +109,6 @@ def test_other_peoples_devices_and_inactive_targets_are_left_out():
         )
         == []
     )
-
-
-def test_the_generation_comes_from_the_newest_backup(tmp_path):
-    folder = tmp_path / str(TARGET_ID)
-    folder.mkdir()
-    for name in ("00000000000000000007.slot", "00000000000000000012.slot", "13.slot.new", "x.slot"):
-        (folder / name).touch()
-    assert backed_up_generation(str(tmp_path), TARGET_ID) == 12
-    assert backed_up_generation(str(tmp_path), uuid.UUID(int=6)) == 0
 
 
 CHUNK, CHUNKS = 8, 12
@@ -220,3 +210,16 @@ def test_parts_of_another_target_are_not_taken_for_its_own():
     stray = (mapped("data2-map", f"DMREMAP-{other.hex}-map", 20), [])
     (found,) = guarded(*devices, stray)
     assert found.main == "8:17"
+
+
+def test_what_is_kept_is_asked_for_with_the_spares_that_are_there():
+    asked = []
+
+    def kept(target, active):
+        asked.append((target, set(active)))
+        return Kept(12)
+
+    devices = layered(["main"] * CHUNKS, hold=True, shim=True)
+    (found,) = guarded(*devices, kept=kept)
+    assert asked == [(TARGET_ID, {0})]
+    assert found.kept == Kept(12)

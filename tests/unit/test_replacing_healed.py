@@ -110,7 +110,7 @@ def test_errors_of_both_disks_are_healed_while_the_copy_stands_still(
 @pytest.mark.parametrize("lost", [NEW, OLD])
 def test_the_main_that_is_gone_is_named(held: tuple[Scene, Healer], lost: str) -> None:
     scene, healer = held
-    interrupt(scene, NEW, "window_committed", 1)
+    interrupt(scene, NEW, "window_copied", 2)
     disk = scene.kernel.disks[lost]
     disk.dead = True
     healer.reflex._state_of = lambda devno: (

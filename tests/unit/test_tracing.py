@@ -15,10 +15,10 @@ from dm_remap.errors import MissingKernelFeature
 from dm_remap.tracing import (
     BlockError,
     Lost,
+    Parser,
     TraceInstance,
     check_format,
     parse_line,
-    parse_lines,
 )
 
 PREFIX = "          <idle>-0       [001] ..s1.   123.456789: "
@@ -86,7 +86,7 @@ def test_a_bio_is_told_from_a_request():
 
 
 def test_readahead_is_ignored_and_losses_are_counted():
-    errors, lost = parse_lines(
+    errors, lost = Parser().split(
         [
             PREFIX + "block_rq_error: 8,0 RA () 8 + 8 [-5]",
             "CPU:1 [LOST 17 EVENTS]",
@@ -96,6 +96,99 @@ def test_readahead_is_ignored_and_losses_are_counted():
     )
     assert [error.sector for error in errors] == [16]
     assert lost == 20
+
+
+def rq(what, cpu=1, event="block_rq_error"):
+    return f"  kworker/0:1H-37      [{cpu:03}] d.h1.    65.981627: {event}: {what}"
+
+
+DATA = "8,0 WS () 80 + 8 [-5]"
+
+
+@pytest.mark.parametrize("again", ["8,0 WS () 80 + 0 [-5]", "8,0 WS () 88 + 0 [-5]"])
+@pytest.mark.parametrize("read_at_once", [True, False])
+def test_a_durable_write_whose_data_fails_is_no_flush(again, read_at_once):
+    """What Linux 6.1 printed of writes with REQ_FUA on virtio, scsi and ide."""
+    lines = [rq(DATA), rq(again), rq("253,0 WFS 80 + 8 [-5]", event="block_bio_complete")]
+    parser = Parser()
+    parts = [lines] if read_at_once else [[line] for line in lines]
+    errors = [error for part in parts for error in parser.parse(part)]
+    assert [(error.operation, error.request) for error in errors] == [
+        ("write", True),
+        ("write", False),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("before", "empty"),
+    [
+        pytest.param([], rq("8,0 WS () 80 + 0 [-5]"), id="nothing before"),
+        pytest.param([rq(DATA)], rq("8,0 WS () 80 + 0 [-5]", cpu=0), id="other processor"),
+        pytest.param([rq(DATA)], rq("8,16 WS () 80 + 0 [-5]"), id="other disk"),
+        pytest.param([rq(DATA)], rq("8,0 WS () 0 + 0 [-5]"), id="other sector"),
+        pytest.param([rq(DATA)], rq("8,0 WS () 80 + 0 [-61]"), id="other error"),
+        pytest.param([rq("8,0 R () 80 + 8 [-5]")], rq("8,0 WS () 80 + 0 [-5]"), id="read"),
+        pytest.param(
+            [rq(DATA), rq("253,0 WS 80 + 8 [-5]", event="block_bio_complete")],
+            rq("8,0 WS () 80 + 0 [-5]"),
+            id="bio ended",
+        ),
+        pytest.param(
+            [rq(DATA), rq("8,16 D () 0 + 8 [-5]")],
+            rq("8,0 WS () 80 + 0 [-5]"),
+            id="discard between",
+        ),
+        pytest.param(
+            [rq(DATA), rq("8,0 WS () 80 + 0 [-5]")], rq("8,0 WS () 80 + 0 [-5]"), id="a second one"
+        ),
+        pytest.param(
+            [rq("8,0 WS 80 + 8 [-5]", event="block_bio_complete")],
+            rq("8,0 WS 80 + 0 [-5]", event="block_bio_complete"),
+            id="bios",
+        ),
+        pytest.param(
+            [rq(DATA), "CPU:1 [LOST 1 EVENTS]"], rq("8,0 WS () 80 + 0 [-5]"), id="lines lost"
+        ),
+        pytest.param(
+            ["block_rq_error: " + DATA, ": block_rq_error: " + DATA],
+            ": block_rq_error: 8,0 WS () 80 + 0 [-5]",
+            id="no processor",
+        ),
+    ],
+)
+def test_any_other_empty_write_is_a_flush(before, empty):
+    parser = Parser()
+    parser.parse(before)
+    (error,) = parser.parse([empty])
+    assert error.operation == "flush"
+
+
+# What each request that fails prints, and whether a flush has failed.
+ENDS = {
+    "write": (["8,0 WS () 0 + 8 [-5]", "bio"], False),
+    "durable write": (["8,0 WS () 0 + 8 [-5]", "8,0 WS () 0 + 0 [-5]", "bio"], False),
+    "flush": (["8,0 WS () 0 + 0 [-5]", "bio"], True),
+    "read": (["8,0 R () 0 + 8 [-5]", "bio"], False),
+}
+
+
+@given(st.lists(st.tuples(st.sampled_from(sorted(ENDS)), st.integers(0, 1))), st.data())
+def test_each_flush_that_fails_is_told_on_several_processors(requests, data):
+    waiting = {
+        cpu: [line for kind, on in requests if on == cpu for line in ENDS[kind][0]]
+        for cpu in (0, 1)
+    }
+    lines = []
+    while any(waiting.values()):
+        cpu = data.draw(st.sampled_from([cpu for cpu in waiting if waiting[cpu]]))
+        line = waiting[cpu].pop(0)
+        bio = ("253,0 WS 0 + 8 [-5]", cpu, "block_bio_complete")
+        lines.append(rq(*bio) if line == "bio" else rq(line, cpu))
+    errors = Parser().parse(lines)
+    flushes = [error for error in errors if error.operation == "flush"]
+    assert len(flushes) == sum(ENDS[kind][1] for kind, _on in requests)
+    writes = [error for error in errors if error.request and error.operation == "write"]
+    assert len(writes) == sum("write" in kind for kind, _on in requests)
 
 
 @given(st.text())

@@ -13,13 +13,13 @@ import pytest
 
 from dm_remap import events
 from dm_remap.errors import DmRemapError
-from dm_remap.inventory import Guarded
+from dm_remap.inventory import Guarded, Kept
 from dm_remap.journal import Observation
 from dm_remap.probing import DeviceState
 from dm_remap.tracing import BlockError
 from dm_remap.watching import Finding, Patience, Watcher, ask
 
-TARGET = Guarded("data", uuid.UUID(int=1), "8:17", "8:16", 256, 8192, ((0, 8192),), True, 3)
+TARGET = Guarded("data", uuid.UUID(int=1), "8:17", "8:16", 256, 8192, ((0, 8192),), True, Kept(3))
 
 
 class Clock:

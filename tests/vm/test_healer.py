@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from tests.lab import Machine
+from tests.lab import Disk, Machine
 from tests.vm.conftest import DISKS
 from tests.vm.test_daemon import Guest as DaemonGuest
 from tests.vm.test_daemon import deploy
@@ -22,13 +22,40 @@ import sys
 sys.path.insert(0, "/usr/lib/dm-remap")
 from dm_remap.engine import Engine
 from dm_remap.planner import Request, plan_present
-name, main, spare, shim = sys.argv[1:]
+name, main, shim, *spares = sys.argv[1:]
 engine = Engine()
 engine.check_host()
 with engine.locked_host(), engine.locked(name):
-    seen = engine.see(name, main, [spare])
-    request = Request(name, main, (spare,), on_error="hold", shim=shim)
+    seen = engine.see(name, main, spares)
+    request = Request(name, main, tuple(spares), on_error="hold", shim=shim)
     engine.apply(plan_present(request, seen))
+"""
+
+# Remaps the sectors, with what is in the spares' journals written to the disks.
+REMAP = """
+import subprocess, sys
+sys.path.insert(0, "/usr/lib/dm-remap")
+from dm_remap.engine import Engine
+engine = Engine(guard=True)
+with engine.locked(sys.argv[1]):
+    engine.remap(sys.argv[1], [(int(sector), 1) for sector in sys.argv[2:]])
+for verb in "suspend", "resume":
+    subprocess.run(["dmsetup", "--noudevsync", verb, sys.argv[1] + "-spare0"], check=True)
+"""
+
+# Gives up a lost spare and what was on it, as the module `spare` does.
+GIVE_UP = """
+import sys
+sys.path.insert(0, "/usr/lib/dm-remap")
+from dm_remap.engine import Engine
+from dm_remap.planner import SpareRequest, plan_spare_absent
+engine = Engine(guard=True)
+with engine.locked_host(), engine.locked(sys.argv[1]):
+    (lost,) = engine.require(sys.argv[1]).lost_spares
+    uuid = engine.require(sys.argv[1]).metadata.config["spares"][lost.index]["uuid"]
+    seen = engine.see_spare(sys.argv[1], uuid, None, False)
+    request = SpareRequest(sys.argv[1], uuid, discard_remaps=True)
+    print(len(engine.apply(plan_spare_absent(request, seen))))
 """
 
 # An application: carries out operations, and prints `ok`, `wrong` or the error's name for each.
@@ -40,8 +67,10 @@ def content(sector, count, version):
     return b"".join((2 * n + version).to_bytes(8, "little") * 64 for n in numbers)
 
 def act(do, sector, count, version):
-    direct = do.startswith("direct")
-    handle = os.open(sys.argv[1], os.O_RDWR | (os.O_DIRECT if direct else 0))
+    flags = os.O_DIRECT if do.startswith("direct") else 0
+    # Such a write is sent to the disk as one that must not stay in its cache.
+    flags |= os.O_DSYNC if "durable" in do else 0
+    handle = os.open(sys.argv[1], os.O_RDWR | flags)
     try:
         if do == "flush":
             os.fsync(handle)
@@ -90,12 +119,11 @@ class Guest(DaemonGuest):
         self.name = f"data{int(self.name[4:]) + 1}"
         self.seen = self.health()["newest"]
 
-    def create(self, main: str, shim: str = "none") -> None:
+    def create(self, main: str, shim: str = "none", spares: tuple[str, ...] = ()) -> None:
         """Make this test's target and fill its beginning."""
-        spare = "spare4k" if main == "main4k" else "spare"
-        paths = [self.lab.disk(name).path for name in (main, spare)]
-        command = ["python3", "/root/create.py", self.name, *paths, shim]
-        self.lab.run(command, timeout=300)
+        spares = spares or ("spare4k" if main == "main4k" else "spare",)
+        first, *others = [self.lab.disk(name).path for name in (main, *spares)]
+        self.script("create", first, shim, *others)
         pieces = range(0, FILLED, 2048)
         assert set(self.act(*[("direct write", at, 2048, 0) for at in pieces])) == {"ok"}
 
@@ -108,6 +136,11 @@ class Guest(DaemonGuest):
         )
         return list(json.loads(done.stdout))
 
+    def script(self, name: str, *words: str) -> str:
+        """Run one of the programs above for this test's target; what it prints."""
+        command = ["python3", f"/root/{name}.py", self.name, *words]
+        return self.lab.run(command, timeout=300).stdout
+
     def do(self, what: str, sector: int, count: int, version: int = 0) -> str:
         """Carry out one operation."""
         return self.act((what, sector, count, version))[0]
@@ -118,6 +151,13 @@ class Guest(DaemonGuest):
             for event in self.next_events():
                 if (event["target"], event["type"]) == (self.name, kind):
                     return event
+
+    def kinds_since(self, cursor: int) -> set[str]:
+        """The types of this test's target's events after a cursor."""
+        status, text = self.ask(f"/v1/events?after={cursor}")
+        assert status == 200, text
+        events = json.loads(text)["events"]
+        return {event["type"] for event in events if event["target"] == self.name}
 
     def scan(self, sector: int, count: int, version: int = 0) -> dict[int, str]:
         """Read blocks of 8 sectors; what is not right, by sector."""
@@ -138,6 +178,8 @@ def installed(machine: Machine, tmp_path_factory: pytest.TempPathFactory) -> Ite
         machine.start()
     deploy(machine, tmp_path_factory.mktemp("deploy"))
     machine.write_file("/root/create.py", CREATE)
+    machine.write_file("/root/remap.py", REMAP)
+    machine.write_file("/root/give_up.py", GIVE_UP)
     machine.write_file("/root/application.py", APPLICATION)
     machine.write_file("/root/killer.sh", KILLER)
     yield Guest(machine)
@@ -170,14 +212,16 @@ def test_an_application_sees_lost_sectors_only(
     guest: Guest, name: str, code: str, shim: str, held: bool
 ) -> None:
     disk = guest.lab.disk(name)
+    begun = guest.seen
     guest.create(name, shim)
     disk.fail([(1288, 8), (5128, 8)], op="read", errno=code)
-    disk.fail([(2568, 8), (3848, 8)], op="write", errno=code)
+    disk.fail([(2568, 8), (3848, 8), (6408, 8)], op="write", errno=code)
     first = {
         "direct read": guest.do("direct read", 1280, 64),
         "read": guest.do("read", 5120, 8),
         "direct write": guest.do("direct write", 2560, 64, 1),
         "write": guest.do("write", 3840, 64, 1),
+        "direct durable write": guest.do("direct durable write", 6400, 64, 1),
     }
     if held:
         assert first == {
@@ -185,6 +229,7 @@ def test_an_application_sees_lost_sectors_only(
             "read": first["read"],
             "direct write": "ok",
             "write": "ok",
+            "direct durable write": "ok",
         }
     else:
         assert {first["direct read"], first["direct write"]} == {"ENODATA"}
@@ -195,14 +240,18 @@ def test_an_application_sees_lost_sectors_only(
             pass
         while guest.do("write", 3840, 64, 1) != "ok":
             pass
+        while guest.do("direct durable write", 6400, 64, 1) != "ok":
+            pass
     assert guest.do("read", 5128, 8) in ("EIO", "EILSEQ")
     assert guest.scan(1280, 128) == {1288: "EILSEQ"}
     assert guest.scan(5120, 128) == {5128: "EILSEQ"}
-    assert guest.scan(2560, 64, 1) == guest.scan(3840, 64, 1) == {}
+    for sector in (2560, 3840, 6400):
+        assert guest.scan(sector, 64, 1) == {}
     assert guest.act(("direct write", 1288, 8, 1), ("direct read", 1288, 8, 1)) == ["ok", "ok"]
     assert guest.scan(0, 1280) == guest.scan(4096, 1024) == {}
     if held:
         assert guest.event("sectors_lost")["sectors"] in ([[1288, 8]], [[5128, 8]])
+    assert "flush_failed" not in guest.kinds_since(begun)
     health = guest.health()
     assert (health["lost_sectors"] % 16, health["failed"]) == (0, 0)
     assert "healer" not in health["troubles"]
@@ -246,6 +295,46 @@ def test_a_healer_killed_in_the_middle_goes_on(guest: Guest) -> None:
     for at in places:
         assert guest.scan(at, 64, 1) == guest.scan(at + 64, 64) == {}
     assert int(guest.unit("NRestarts")) >= int(kills)
+
+
+@pytest.mark.core
+def test_a_lost_spare_takes_down_only_what_was_on_it(guest: Guest) -> None:
+    lost, others = range(384, 640, 8), [at for at in range(0, FILLED, 8) if not 384 <= at < 640]
+    for name in ("pull0", "pull1"):
+        guest.lab.attach(Disk(name, size="64M"))
+    guest.create("main", spares=("pull0", "pull1"))
+    guest.script("remap", "384", "512")
+    guest.lab.detach("pull0")
+    # Two applications at a time: while one asks for what is lost, the other must not see an error.
+    both = " & ".join(
+        f"python3 /root/application.py {guest.path} < /root/{n} > /root/{n}.done"
+        for n in ("lost", "others")
+    )
+    asked = {
+        "lost": [("direct read", at, 8, 0) for at in lost[::4]]
+        + [("direct write", at, 8, 1) for at in lost[::8]],
+        "others": [
+            (f"direct {verb}", at, 8, 0) for at in others[::4] for verb in ("write", "read")
+        ],
+    }
+    for name, operations in asked.items():
+        guest.lab.write_file(f"/root/{name}", json.dumps(operations))
+    guest.lab.run(["sh", "-c", f"{both} & wait"], timeout=600)
+    seen = {name: json.loads(guest.lab.run(["cat", f"/root/{name}.done"]).stdout) for name in asked}
+    assert set(seen["others"]) == {"ok"}
+    assert set(seen["lost"]) == {"EIO"}
+    told = guest.event("spare_lost")
+    assert told["suspect"] == [[384, 256]]
+    assert "2 chunks" in told["message"]
+    # An error of main is healed as ever, on the other spare.
+    guest.lab.disk("main").fail([(1288, 8)], op="write")
+    assert guest.do("direct write", 1280, 64, 1) == "ok"
+    assert guest.event("remapped")["suspect"] == [[1280, 128]]
+    # The healer watches, and does not keep the spare from leaving.
+    assert guest.script("give_up") == "2\n"
+    assert guest.do("direct read", 384, 8) == "EILSEQ"
+    assert guest.act(("direct write", 384, 8, 1), ("direct read", 384, 8, 1)) == ["ok", "ok"]
+    assert guest.scan(640, 640) == guest.scan(1280, 64, 1) == {}
 
 
 @pytest.mark.soak

@@ -287,6 +287,8 @@ SCENARIOS: dict[str, list[Step]] = {
     FLUSH_FAILS: [
         ["create", "map", linear()],
         ["create", "top", multipath()],
+        # QEMU hands a flush on only if something was written before.
+        ["write", "ww", "top", 4, 1],
         ["flush", "flush", "top"],
         ["write", "w", "top", 0, 1],
         REINSTATE,

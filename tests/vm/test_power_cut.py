@@ -10,6 +10,7 @@ have write caches that lose what was not flushed: all of it, or each block by ch
 
 from __future__ import annotations
 
+import random
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -196,3 +197,62 @@ def test_a_power_cut_at_every_step(cut: Machine, guarded: list[Guarded]) -> None
 @pytest.mark.soak
 def test_power_cuts_at_every_step_again_and_again(cut: Machine, guarded: list[Guarded]) -> None:
     walk(cut, guarded, walks=7)
+
+
+def bad_blocks(target: Guarded) -> tuple[list[int], list[int]]:
+    """First sectors of blocks of a main that cannot be written, and of such that cannot be read."""
+    chooser = random.Random(target.index)
+    blocks = [8 * block for block in chooser.sample(range(MAIN_SECTORS // 8), 20)]
+    return blocks[:14], blocks[14:]
+
+
+@pytest.mark.core
+@pytest.mark.soak
+def test_power_cuts_at_random_moments_while_errors_are_healed(
+    cut: Machine, guarded: list[Guarded]
+) -> None:
+    """Twenty cuts of eight targets each; what was flushed is there, and nothing is mixed."""
+    chooser = random.Random(3)
+    known = [
+        {
+            **target.places(),
+            "sectors": MAIN_SECTORS,
+            "lost": bad_blocks(target)[1],
+            "durable": {},
+            "version": 0,
+        }
+        for target in guarded
+    ]
+    for number in range(21):
+        guest = Guest(cut)
+        running = guest.begin("hold_writes", targets=known, fill=number == 0, work=number < 20)
+        try:
+            looked = running.next()
+            assert looked["wrong"] == [], f"after cut {number}"
+            if number == 20:
+                break
+            if number == 0:
+                for target in guarded:
+                    unwritable, unreadable = bad_blocks(target)
+                    disk = cut.disk(f"main{target.index}")
+                    disk.fail([(sector, 8) for sector in unwritable], op="write")
+                    disk.fail([(sector, 8) for sector in unreadable], op="read")
+            for _word in range(chooser.randint(20, 200)):
+                told = running.next()
+                assert "error" not in told
+                target = known[told["target"]]
+                target["version"] = told["version"]
+                target["durable"].update(told["durable"])
+            cut.power_cut()
+        finally:
+            running.forget()
+        for target in known:
+            # Above all numbers that may have been written without a word.
+            target["version"] += 100_000
+        cut.restart()
+        print(f"cut {number + 1}: {looked['actions']}")
+    moved = sum(
+        len(state["chunks"]) for state in guest.call("states", names=[t.name for t in guarded])
+    )
+    print(f"{moved} chunks are on spares")
+    assert moved

@@ -49,6 +49,39 @@ def test_spares_change_under_a_verifying_load(lab: Machine) -> None:
     print("pauses in s:", pauses)
 
 
+def test_reading_a_large_table_costs_no_more_memory_than_the_table(lab: Machine) -> None:
+    lab.attach(Disk("large", size="96M"))
+    result = Guest(lab).call("large_table", main=lab.disk("large").path, lines=20_000)
+    assert result["same"]
+    # A line takes 250 bytes as a Python object, and 100 in the library, for each of two buffers.
+    assert result["more_bytes"] < 20_000 * 1000
+
+
+@pytest.mark.parametrize(
+    ("present", "moving"),
+    [(1_000, 100), pytest.param(10_000, 1_000, marks=pytest.mark.soak)],
+)
+def test_many_chunks_move_in_one_commit_on_a_target_with_many(
+    lab: Machine, present: int, moving: int
+) -> None:
+    lab.attach(Disk("large", size="128M"))
+    spare = lab.attach(Disk("wide", size="96M")).path
+    result = Guest(lab).call(
+        "many_remaps",
+        name=NAME,
+        main=lab.disk("large").path,
+        spare=spare,
+        present=present,
+        moving=moving,
+    )
+    assert result["wrong"] == []
+    for done in result["done"]:
+        counted = {key: done[key] for key in ("moved", "commits", "freezes", "swaps", "lost")}
+        assert counted == {"moved": moving, "commits": 1, "freezes": 1, "swaps": 1, "lost": []}
+        print("seconds in all, of salvage, of pause:", done["seconds"])
+    print(f"peak memory {result['peak_bytes'] >> 20} MiB")
+
+
 @pytest.mark.core
 def test_a_spare_that_is_pulled_out(lab: Machine) -> None:
     guest = Guest(lab)

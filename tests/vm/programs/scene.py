@@ -35,6 +35,13 @@ def answer(result: Any) -> None:
     print(json.dumps(result), flush=True)
 
 
+def peak_bytes() -> int:
+    """The most memory that this process has had in use."""
+    with open("/proc/self/status", encoding="ascii") as lines:
+        words = next(line.split() for line in lines if line.startswith("VmHWM:"))
+    return int(words[1]) * 1024
+
+
 def pattern(seed: int, sector: int, count: int = 1) -> bytes:
     """Content of ``count`` sectors from ``sector`` on: each holds its number and the seed."""
     return b"".join(
@@ -112,12 +119,14 @@ def present(
     spares: Iterable[str],
     chunk_bytes: int | None = None,
     step: Callable[[str], None] | None = None,
+    on_error: str = "fail",
+    shim: str | None = None,
 ) -> list[str]:
     """Make the target present as the module does; the kinds of the actions that it took."""
     engine = Engine(step=step)
     engine.check_host()
     with engine.locked(name):
-        request = Request(name, main, tuple(spares), chunk_bytes, on_error="fail")
+        request = Request(name, main, tuple(spares), chunk_bytes, on_error, shim)
         plan = plan_present(request, engine.see(name, main, request.spares))
         engine.apply(plan)
     return [action.kind for action in plan.actions]

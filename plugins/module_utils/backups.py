@@ -1,0 +1,90 @@
+# Copyright: dm_remap.storage contributors
+# GNU General Public License v3.0+ (see LICENSES/GPL-3.0-or-later.txt or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""The host's own backups of its targets' metadata: ``FOLDER/TARGET-UUID/GENERATION.slot``.
+
+Each file is copy 0 of the generation, as it stands on the target's first spare.
+"""
+
+from __future__ import annotations
+
+import os
+import uuid
+
+from .format import Invalid, Metadata, geometry_of, pack_slot, spare_uuid_of, unpack_slot
+
+FOLDER = "/var/lib/dm-remap/backup"
+KEPT = 16
+
+_COPY = 0
+_SECTOR = 0
+
+
+class Backups:
+    """The backups in a folder.
+
+    Args:
+        folder: its path; it need not exist.
+    """
+
+    def __init__(self, folder: str = FOLDER) -> None:
+        self.folder = folder
+
+    def keep(self, metadata: Metadata) -> None:
+        """Write a generation down, and remove all but the newest 16 of its target.
+
+        Raises:
+            OSError: it could not be written.
+        """
+        folder = self._of(metadata.target_uuid)
+        index = next(i for i, spare in enumerate(metadata.config["spares"]) if spare)
+        raw = pack_slot(
+            metadata,
+            spare_uuid_of(metadata, index),
+            geometry_of(metadata, index).spare_sectors,
+            copy_index=_COPY,
+        )
+        os.makedirs(folder, mode=0o700, exist_ok=True)
+        path = _path(folder, metadata.generation)
+        with open(path + ".new", "wb") as file:
+            file.write(raw)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(path + ".new", path)
+        for old in sorted(os.listdir(folder))[:-KEPT]:
+            os.unlink(os.path.join(folder, old))
+
+    def generations(self, target: uuid.UUID) -> list[int]:
+        """The generations of a target that are here, the newest first."""
+        try:
+            names = os.listdir(self._of(target))
+        except OSError:
+            return []
+        numbers = [name.partition(".")[0] for name in names if name.endswith(".slot")]
+        return sorted((int(number) for number in numbers if number.isdigit()), reverse=True)
+
+    def read(self, target: uuid.UUID, generation: int) -> Metadata:
+        """Read a generation of a target.
+
+        Raises:
+            OSError: it cannot be read.
+            Invalid: it is damaged, with the diagnosis.
+        """
+        with open(_path(self._of(target), generation), "rb") as file:
+            return unpack_slot(file.read(), _SECTOR).metadata
+
+    def newest(self, target: uuid.UUID) -> Metadata | None:
+        """The newest generation of a target that can be read, or None."""
+        for generation in self.generations(target):
+            try:
+                return self.read(target, generation)
+            except (OSError, Invalid):
+                continue
+        return None
+
+    def _of(self, target: uuid.UUID) -> str:
+        return os.path.join(self.folder, str(target))
+
+
+def _path(folder: str, generation: int) -> str:
+    return os.path.join(folder, f"{generation:020d}.slot")
