@@ -22,6 +22,7 @@ from dataclasses import asdict
 from typing import Any
 
 import load
+from fio import LOADS, begin
 from scene import (
     HASTY,
     PIECE_SECTORS,
@@ -64,7 +65,10 @@ def create(given: dict[str, Any]) -> list[str]:
     fill(given["main"], 0, 0, given["sectors"])
     # No error is held here, so a daemon that could heal it need not run.
     with Engine().healing():
-        return change(given, given["main"], Engine())[0]
+        kinds = change(given, given["main"], Engine())[0]
+    if given.get("filesystem"):
+        load.run([*load.MAKE["ext4"], f"/dev/mapper/{given['name']}"])
+    return kinds
 
 
 @contextlib.contextmanager
@@ -115,7 +119,6 @@ def under_load(given: dict[str, Any]) -> dict[str, Any]:
 def load_and_replace(given: dict[str, Any]) -> dict[str, Any]:
     """Replace the main under a verifying load."""
     name, path = given["name"], f"/dev/mapper/{given['name']}"
-    load.run([*load.MAKE["ext4"], path])
     os.makedirs(load.MOUNT, exist_ok=True)
     load.run(["mount", path, load.MOUNT])
     percents = []
@@ -126,7 +129,7 @@ def load_and_replace(given: dict[str, Any]) -> dict[str, Any]:
 
     loads = []
     try:
-        loads += [load.begin(kind) for kind in load.LOADS]
+        loads += [begin(kind, load.MOUNT) for kind in LOADS]
         for chunk in given["remap"]:
             engine = Engine()
             with engine.locked(name):
