@@ -335,12 +335,12 @@ def crashes_of(folder: Path, on_error: str, shim: str, undo: bool) -> tuple[Scen
 # Spares meanwhile
 
 
-def with_two_spares(folder: Path) -> Scene:
+def with_two_spares(folder: Path, on_error: str = "fail") -> Scene:
     """A target with a chunk on its first spare, and disks for a new main and a new spare."""
-    scene = make_scene(folder, 2, sectors=SECTORS)
+    scene = make_scene(folder, 2, sectors=SECTORS, on_error=on_error)
     scene.kernel.add_disk("new", SECTORS)
     scene.kernel.add_disk("more", scene.spares[0].sectors)
-    scene.create()
+    create_held(scene)
     scene.spoil(LOSSY * CHUNK)
     scene.remap((HEALTHY * CHUNK, CHUNK))
     return scene
@@ -432,15 +432,19 @@ def test_no_chunk_returns_to_a_main_that_is_replaced(tmp_path: Path) -> None:
     check_done(toward(scene, NEW))
 
 
+@pytest.mark.parametrize("on_error", ["fail", "hold"])
 @pytest.mark.parametrize("main", [NEW, OLD])
-def test_a_spare_that_is_lost_does_not_stop_a_replacement(tmp_path: Path, main: str) -> None:
+def test_a_spare_that_is_lost_does_not_stop_a_replacement(
+    tmp_path: Path, main: str, on_error: str
+) -> None:
     """It cannot be named, because it is gone, nor be removed while main is being replaced."""
-    scene = with_two_spares(tmp_path)
+    scene = with_two_spares(tmp_path, on_error)
     interrupt(scene, NEW, "window_committed", 0)
     unplug(scene, scene.spares[0])
     scene.request = replace(scene.request, spares=("/dev/spare1",))
     kinds, result = change_main(scene, main)
-    assert kinds == [REPLACE if main == NEW else UNDO]
+    cut_off = ["cut_off"] if on_error == "hold" else []
+    assert kinds == [*cut_off, REPLACE if main == NEW else UNDO]
     assert result is not None
     target = scene.engine().require(NAME)
     assert target.main is not None
