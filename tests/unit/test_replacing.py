@@ -405,7 +405,7 @@ def test_a_spare_may_come_while_main_is_replaced(tmp_path: Path, main: str, step
 
     change_main(replace(scene, request=before), main, scene.engine(step=on_step))
     if main == OLD and step == "copy_flushed":
-        # What goes back is read back at once.
+        # That is a step of the way to the new main.
         assert before == scene.request
     else:
         assert len(scene.engine().require(NAME).spares) == 3
@@ -609,7 +609,7 @@ def test_a_new_main_that_cannot_be_read_gets_no_commit(
     spoiled = []
 
     def on_step(name: str) -> None:
-        if frozen and name == "copy_flushed":
+        if frozen and name == "window_copied_again":
             scene.app.write(scene.kernel, sector)
         if name == ("frozen" if frozen else REPLACE):
             new.spoil([sector])
@@ -641,7 +641,7 @@ def test_a_new_main_that_drops_a_write_gets_no_commit(tmp_path: Path, frozen: bo
             write(start, data)
 
     def on_step(name: str) -> None:
-        if frozen and name == "copy_flushed":
+        if frozen and name == "window_copied_again":
             scene.app.write(scene.kernel, sector)
 
     new.write = forgetful  # type: ignore[method-assign, assignment]
