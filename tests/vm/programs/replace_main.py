@@ -205,7 +205,7 @@ def race(given: dict[str, Any]) -> None:
         if reached == "window_committed":
             windows += 1
             answer({"window": windows})
-        elif reached == given.get("stay_at") and windows >= given.get("stay_after", 0):
+        if reached == given.get("stay_at") and windows >= given.get("stay_after", 0):
             answer({"stays": reached})
             threading.Event().wait()
 
