@@ -500,11 +500,15 @@ class Engine:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError as error:
+                file.seek(0)
                 raise Refused(
-                    "is being copied to another main by another process",
+                    f"is being copied to another main by process {file.read() or '(unknown)'}",
                     device=name,
                     remedy="wait for it, or end it; a copy that was ended can go on or back",
                 ) from error
+            file.truncate(0)
+            file.write(str(os.getpid()))
+            file.flush()
             yield
 
     @contextlib.contextmanager
@@ -515,7 +519,7 @@ class Engine:
 
     def _lock_file(self, name: str) -> IO[str]:
         os.makedirs(self._lock_dir, mode=0o755, exist_ok=True)
-        return open(os.path.join(self._lock_dir, name), "w", encoding="ascii")  # noqa: SIM115
+        return open(os.path.join(self._lock_dir, name), "a+", encoding="ascii")  # noqa: SIM115
 
     def target_names(self) -> list[str]:
         """Names of the active targets."""

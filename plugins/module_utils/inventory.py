@@ -125,20 +125,22 @@ def guarded_targets(
     for digits, device in own.items():
         if not device.live_table or not re.fullmatch("[0-9a-f]{32}", digits):
             continue
-        for layers in _layers(tables, own, digits):
-            disk, start = disk_of(layers.main)
+        layers = _layers(tables, own, digits)
+        known = kept(uuid.UUID(digits), layers[0].spares) if layers else Kept()
+        for layer in layers:
+            disk, start = disk_of(layer.main)
             found.append(
                 Guarded(
                     name=device.name,
                     uuid=uuid.UUID(digits),
-                    main=layers.main,
+                    main=layer.main,
                     disk=disk,
                     start=start,
-                    sectors=layers.sectors,
-                    live=layers.live,
+                    sectors=layer.sectors,
+                    live=layer.live,
                     request_based=requests(disk),
-                    kept=kept(uuid.UUID(digits), layers.spares),
-                    on_error=layers.on_error,
+                    kept=known,
+                    on_error=layer.on_error,
                 )
             )
     return found

@@ -85,11 +85,11 @@ class Ward:
         requests: whether the disk's errors come as requests, else they come as bios.
         lost: a main of it did not answer when last asked.
         missed: the kernel dropped errors, and one may have been of this target.
-        let_go: its devices are closed, because somebody else works on the target.
         new_disk: device number of the disk that is to replace main's; empty without one.
         new_start: the new main's first sector there.
         new_requests: whether that disk's errors come as requests.
         below: device numbers that its map used or may use without having another main.
+        let_go: its devices are closed, because somebody else works on the target.
     """
 
     target: ActiveTarget
@@ -107,11 +107,11 @@ class Ward:
     requests: bool = True
     lost: bool = False
     missed: bool = False
-    let_go: bool = False
     new_disk: str = ""
     new_start: int = 0
     new_requests: bool = True
     below: frozenset[str] = frozenset()
+    let_go: bool = False
 
     def close(self) -> None:
         """Close its devices."""
@@ -528,10 +528,10 @@ class Reflex:
         if ward.target.main is None:
             raise AssertionError("a target that is looked after has a main")
         mains = [info for info in (ward.target.main, ward.target.replacement) if info]
-        gone = any(self._state_of(info.devno) is not DeviceState.LIVE for info in mains)
+        gone = [info for info in mains if self._state_of(info.devno) is not DeviceState.LIVE]
         if gone and not ward.lost:
-            self._report(ward, "device_lost", errors)
-        ward.lost = gone
+            self._report(ward, "device_lost", errors, device=gone[0].path)
+        ward.lost = bool(gone)
         return not gone
 
     def _release(self, ward: Ward, drained: bool = False) -> None:
@@ -584,6 +584,7 @@ class Reflex:
         errors: Sequence[BlockError],
         moved: Moved | None = None,
         reason: str = "",
+        device: str = "",
         hit: Sequence[tuple[int, int]] = (),
     ) -> None:
         total = ward.target.metadata.config["main"]["sectors"]
@@ -603,7 +604,7 @@ class Reflex:
             {
                 "type": kind,
                 "target": ward.target.name,
-                "device": main.path if main else "",
+                "device": device or (main.path if main else ""),
                 "generation": ward.target.metadata.generation,
                 "operation": errors[0].operation if errors else "",
                 "errno": errors[0].errno if errors else 0,

@@ -426,16 +426,16 @@ class Replacing:
         with blockdev.idle_priority():
             self._copy(window, due, in_use=True)
             self._step("window_copied")
+            if not window.bad and not window.undo:
+                self._verify(window)
             for _turn in range(_ROUNDS):
                 if window.bad or len(due) <= len(window.chunks) // _FEW:
                     break
                 # The last counter is read when the next one counts, so that no write is missed.
                 following = self._count(window, counting)
                 due, written = written(), following
-                self._copy(window, due, in_use=True)
+                self._copy(window, due, in_use=True, check=True)
                 self._step("window_copied_again")
-            if not window.bad and not window.undo:
-                self._verify(window)
         return written
 
     def _count(self, window: _Window, counting: contextlib.ExitStack) -> Callable[[], set[int]]:
@@ -452,13 +452,16 @@ class Replacing:
         counting.callback(_close_counter, counter)
         return lambda: window.chunks_in(counter.written())
 
-    def _copy(self, window: _Window, chunks: Iterable[int], in_use: bool) -> None:
+    def _copy(
+        self, window: _Window, chunks: Iterable[int], in_use: bool, check: bool = False
+    ) -> None:
         """Copy chunks to their new place; not durable yet.
 
         Args:
             window: gets the chunks that were copied, and those that must go to a spare first.
             chunks: which.
             in_use: whether there is time to try hard.
+            check: read each piece back at once, as is always done on the way back.
         """
         for chunk in chunks:
             window.copied.pop(chunk, None)
@@ -467,7 +470,7 @@ class Replacing:
                 return
             begun = self._clock()
             for part, data in self._read_piece(window, piece, in_use):
-                self._write_part(window, part, data, check=window.undo or not in_use)
+                self._write_part(window, part, data, check or window.undo)
                 self._result.copied += len(data)
             if in_use:
                 self._keep_pace(piece.count * SECTOR_BYTES, begun)
@@ -604,7 +607,7 @@ class Replacing:
             kept.enter_context(self._tools.guarded(target, window.disks))
             try:
                 self._tools.freezer.freeze(target, window.chunks, FREEZE_SECONDS, events)
-                self._copy(window, written() | moved, in_use=False)
+                self._copy(window, written() | moved, in_use=False, check=True)
                 new = now if window.bad else self._commit(window, attempted)
                 self._tools.freezer.thaw(target, new, window.chunks, events)
             except BaseException:

@@ -15,6 +15,7 @@ import pytest
 
 from dm_remap import engine as engine_module
 from dm_remap import replacement, stack
+from dm_remap.probing import DeviceState
 from dm_remap.replacing import Replacing
 from tests.unit.fake_kernel import Blocked, below
 from tests.unit.test_engine import CHUNK, NAME, Scene, content, create_held, make_scene
@@ -102,6 +103,28 @@ def test_errors_of_both_disks_are_healed_while_the_copy_stands_still(
         assert scene.kernel.answers[number] == expected
     assert "failed" not in healer.kinds()
     new.unwritable = set()
+    change_main(scene, NEW)
+    check_done(toward(scene, NEW))
+
+
+@pytest.mark.parametrize("lost", [NEW, OLD])
+def test_the_main_that_is_gone_is_named(held: tuple[Scene, Healer], lost: str) -> None:
+    scene, healer = held
+    interrupt(scene, NEW, "window_copied", 2)
+    disk = scene.kernel.disks[lost]
+    disk.dead = True
+    healer.reflex._state_of = lambda devno: (
+        DeviceState.GONE if devno == disk.devno else DeviceState.LIVE
+    )
+    number = scene.kernel.submit_read(NAME, 0 if lost == NEW else 4 * CHUNK, 1)
+    healer.turn(80)
+    assert [(report["type"], report["device"]) for report in healer.reports] == [
+        ("device_lost", lost)
+    ]
+    assert number not in scene.kernel.failed, "it may come back"
+    disk.dead = False
+    healer.reflex._state_of = lambda devno: DeviceState.LIVE
+    healer.settle()
     change_main(scene, NEW)
     check_done(toward(scene, NEW))
 

@@ -12,13 +12,17 @@ from __future__ import annotations
 
 import contextlib
 import os
+import socket
 import struct
 import subprocess
+import sys
 import threading
+from collections.abc import Iterator
 from dataclasses import asdict
 from typing import Any
 
 import load
+from fio import LOADS, begin
 from scene import (
     HASTY,
     PIECE_SECTORS,
@@ -43,7 +47,8 @@ FLUSH_EVERY = 16
 def change(given: dict[str, Any], main: str, engine: Engine) -> tuple[list[str], Any]:
     """Bring the target to a main as the module does; the kinds of the actions, and the result."""
     name, spares = given["name"], tuple(given["spares"])
-    request = Request(name, main, spares, on_error=given.get("on_error", "fail"))
+    on_error, shim = given.get("on_error", "fail"), given.get("shim", "none")
+    request = Request(name, main, spares, on_error=on_error, shim=shim)
     engine.check_host()
     with engine.locked_host(), engine.locked(name):
         plan = plan_present(request, engine.see(name, main, spares))
@@ -60,7 +65,31 @@ def create(given: dict[str, Any]) -> list[str]:
     fill(given["main"], 0, 0, given["sectors"])
     # No error is held here, so a daemon that could heal it need not run.
     with Engine().healing():
-        return change(given, given["main"], Engine())[0]
+        kinds = change(given, given["main"], Engine())[0]
+    if given.get("filesystem"):
+        load.run([*load.MAKE["ext4"], f"/dev/mapper/{given['name']}"])
+    return kinds
+
+
+@contextlib.contextmanager
+def healed(log: str) -> Iterator[None]:
+    """Run the healer, as its service does, while the block runs."""
+    address = "/run/replace-main-ready"
+    with contextlib.ExitStack() as stack:
+        ready = stack.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM))
+        ready.bind(address)
+        stack.callback(os.unlink, address)
+        output = stack.enter_context(open(log, "w", encoding="utf-8"))
+        healer = subprocess.Popen(
+            [sys.executable, "-m", "dm_remap.healer"],
+            stderr=output,
+            env={**os.environ, "NOTIFY_SOCKET": address},
+        )
+        stack.callback(healer.wait)
+        stack.callback(healer.terminate)
+        ready.settimeout(120)
+        ready.recv(100)
+        yield
 
 
 def holders(path: str) -> list[str]:
@@ -77,9 +106,19 @@ def told(name: str) -> dict[str, Any]:
 
 
 def under_load(given: dict[str, Any]) -> dict[str, Any]:
-    """Replace the main under a verifying load; what came of it."""
+    """Replace the main under a verifying load; what came of it, and what the healer said."""
+    if given["on_error"] == "fail":
+        return load_and_replace(given)
+    log = "/run/replace-main-healer.log"
+    with healed(log):
+        done = load_and_replace(given)
+    with open(log, encoding="utf-8") as file:
+        return {**done, "healer": file.read()}
+
+
+def load_and_replace(given: dict[str, Any]) -> dict[str, Any]:
+    """Replace the main under a verifying load."""
     name, path = given["name"], f"/dev/mapper/{given['name']}"
-    load.run([*load.MAKE["ext4"], path])
     os.makedirs(load.MOUNT, exist_ok=True)
     load.run(["mount", path, load.MOUNT])
     percents = []
@@ -90,7 +129,7 @@ def under_load(given: dict[str, Any]) -> dict[str, Any]:
 
     loads = []
     try:
-        loads += [load.begin(kind) for kind in load.LOADS]
+        loads += [begin(kind, load.MOUNT) for kind in LOADS]
         for chunk in given["remap"]:
             engine = Engine()
             with engine.locked(name):
@@ -166,7 +205,7 @@ def race(given: dict[str, Any]) -> None:
         if reached == "window_committed":
             windows += 1
             answer({"window": windows})
-        elif reached == given.get("stay_at") and windows >= given.get("stay_after", 0):
+        if reached == given.get("stay_at") and windows >= given.get("stay_after", 0):
             answer({"stays": reached})
             threading.Event().wait()
 
