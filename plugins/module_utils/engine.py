@@ -9,6 +9,7 @@ import contextlib
 import ctypes
 import errno
 import fcntl
+import itertools
 import os
 import subprocess
 import time
@@ -617,6 +618,7 @@ class Engine:
         spares: list[ActiveSpare] = []
         lost = {i: LostSpare(i, "", "", "", "has no device in the kernel") for i in wanted}
         strays = []
+        used = {mapping.linear_target(s)[0] for s in target.table if s.target == "linear"}
         for look in looks:
             path = look.candidate.info.path if look.candidate else look.path
             if look.index not in wanted:
@@ -625,7 +627,9 @@ class Engine:
                 continue
             trouble = look.trouble or self._trouble_in_data(look, metadata)
             if trouble or look.candidate is None:
-                lost[look.index] = LostSpare(look.index, look.devno, look.below, path, trouble)
+                lost[look.index] = LostSpare(
+                    look.index, look.devno, look.below, path, trouble, look.devno in used
+                )
             else:
                 spares.append(ActiveSpare(look.index, look.devno, look.candidate))
                 del lost[look.index]
@@ -637,8 +641,15 @@ class Engine:
         )
 
     def look_at_spares(self, target: ActiveTarget) -> ActiveTarget:
-        """The target with its spares as they are now, and its metadata as it was known."""
-        return self._with_spares(target, self._look_at_spares(target.device))
+        """The target with its spares and its map as they are now, and its metadata as it was known.
+
+        It is `certain` only if these agree.
+        """
+        cut, table = self._cut_of(target.device), tuple(self._mapper.table(target.map.name))
+        found = self._with_spares(
+            replace(target, cut=cut, table=table), self._look_at_spares(target.device)
+        )
+        return replace(found, certain=_agrees(found))
 
     def _trouble_in_data(self, look: _Look, metadata: Metadata) -> str:
         """What is wrong with a spare's integrity device, which fails for good by one bad place."""
@@ -680,11 +691,14 @@ class Engine:
     def _lower_mains(self, name: str, own: Collection[str]) -> list[str]:
         """Main's device number where only the shim or the freezing devices lead to it."""
         found = []
-        for part in (stack.shim_name(name), stack.place_name(name)):
-            device = self._mapper.info(part)
-            if device and device.live_table:
-                found += [d for d in self._mapper.dependencies(part) if d not in own]
-        return found
+        shim, place = self._mapper.info(stack.shim_name(name)), stack.place_name(name)
+        if shim and shim.live_table:
+            found += self._mapper.dependencies(shim.name)
+        if self._mapper.info(place):
+            # The first of those that carry flushes is main.
+            table = self._mapper.table(place)
+            found += [mapping.linear_target(s)[0] for s in table if s.target == "linear"]
+        return [devno for devno in found if devno not in own]
 
     def require(self, name: str) -> ActiveTarget:
         """Like `observe`, but a target that is not active is refused."""
@@ -1299,69 +1313,117 @@ class Engine:
     def _do_cut_off(self, plan: Plan, action: planner.Action) -> None:
         self.cut_off(self.require(plan.name))
 
-    def cut_off(self, target: ActiveTarget) -> None:
+    def cut_off(
+        self, target: ActiveTarget, release: Callable[[], None] | None = None
+    ) -> ActiveTarget:
         """Let I/O to chunks on lost spares fail above the hold, where it makes nothing else wait.
 
-        What a target without a hold maps to a lost spare fails anyway. The caller holds the lock.
+        What a target without a hold maps to a lost spare fails anyway. The map still leads there,
+        so that the next flush fails: the spare may have lost what it had acknowledged. Called
+        again for that, it lets the flush fail, and the map does not lead there any more. The
+        caller holds the lock.
+
+        Args:
+            target: the target as it is now.
+            release: lets held I/O go on, in place of the method of that name.
+
+        Returns:
+            The target as it is then; itself if nothing has changed.
         """
-        if not target.path or (target.cut == target.unavailable and not target.past_hold):
-            return
+        if not target.path or not (target.certain or target.past_hold):
+            return target
         name, sectors = target.name, target.metadata.config["main"]["sectors"]
-        hold = self._existing(stack.hold_name(name)).devno
+        top = stack.top_table(
+            sectors, self._existing(stack.hold_name(name)).devno, target.unavailable
+        )
         fresh = subtract_ranges(target.unavailable, target.cut)
+        owed = not fresh and any(lost.mapped and lost.devno for lost in target.lost_spares)
+        let_go = release or (lambda: self.release(target))
+        after = target
         with self._mapper.events() as events:
             if target.past_hold:
                 self.release(target)
-            elif fresh:
+            elif fresh or owed:
                 past = stack.top_table(sectors, target.map.devno, target.unavailable)
-                self._fail_waiting(target, fresh, past, events)
-            self._mapper.load(name, stack.top_table(sectors, hold, target.unavailable))
+                failed = self._fail_waiting(target, fresh, past, let_go, events)
+                if failed and owed:
+                    lost = tuple(replace(lost, mapped=False) for lost in target.lost_spares)
+                    after = replace(target, lost_spares=lost)
+                    self._freezer.swap_map(after, after.map_table(after.metadata), events)
+                self.release(target)
+            elif target.cut == target.unavailable:
+                return target
+            self._mapper.load(name, top)
             self._mapper.swap(name, events)
         self._step("cut_off")
+        if target.past_hold or target.cut != target.unavailable:
+            after = replace(after, cut=target.unavailable, past_hold=False)
+        return after
 
     def _fail_waiting(
         self,
         target: ActiveTarget,
         ranges: Sequence[tuple[int, int]],
         past: Sequence[Segment],
+        release: Callable[[], None],
         events: Any,
-    ) -> None:
-        """Let I/O to some chunks that waits fail, and no other; the target is past the hold then.
+    ) -> bool:
+        """Let I/O fail that lost spares keep waiting; then the target is past its hold.
 
-        Multipath can only let all that waits fail. So these chunks are frozen, the rest goes on,
-        and what is left in flight when the target's table is swapped is theirs alone.
+        Multipath can only let all that waits fail. So the chunks are frozen, the rest goes on, and
+        what is left in flight when the target's table is swapped is theirs alone, and flushes that
+        reach a lost spare.
 
         Args:
             target: the target, whose errors are held.
-            ranges: sectors of whole chunks.
+            ranges: sectors of whole chunks to be frozen.
             past: the target's table that leads to the map, and where these chunks fail.
+            release: lets held I/O go on.
             events: what `DeviceMapper.events` gave.
+
+        Returns:
+            Whether anything was let fail.
         """
-        name = target.name
+        name, hold = target.name, stack.hold_name(target.name)
         chunk_sectors = target.metadata.config["chunk_sectors"]
         chunks = [
             chunk
             for start, count in ranges
             for chunk in range(start // chunk_sectors, -(-(start + count) // chunk_sectors))
         ]
+        turns = itertools.count()
+        failed: list[int] = []
 
         def let_fail() -> None:
-            self._mapper.message(stack.hold_name(name), "fail_if_no_path")
-            self._freezer.fail(name)
+            turn = next(turns)
+            path = self.path_of(name)
+            if turn % 2 == 0:
+                # Others may wait because one of these has failed the path, and go on first.
+                if not path.active:
+                    self.release(target)
+            elif chunks or not path.active:
+                failed.append(turn)
+                self._mapper.message(hold, "fail_if_no_path")
+                if chunks:
+                    self._freezer.fail(name)
 
         try:
-            self._freezer.freeze(target, chunks, FREEZE_SECONDS, events)
-            self.release(target)
+            if chunks:
+                self._freezer.freeze(target, chunks, FREEZE_SECONDS, events)
+            release()
             self._mapper.load(name, past)
             self._mapper.swap_while(name, let_fail, events)
             self._step("past_hold")
-            self.release(target)
-            self._freezer.thaw(target, target.metadata, chunks, events)
+            if chunks:
+                self.release(target)
+                self._freezer.thaw(target, target.metadata, chunks, events)
         except BaseException:
             self.release(target)
             self._end_freeze(name, ())
             raise
-        self._freezer.park(target)
+        if chunks:
+            self._freezer.park(target)
+        return bool(failed)
 
     def _do_insert_shim(self, plan: Plan, action: planner.Action) -> None:
         self._insert_shim(self.require(plan.name))
@@ -1413,17 +1475,21 @@ class Engine:
         Whoever changes its chunks commits a generation, so one copy of the metadata tells.
         """
         device = self._mapper.info(target.name)
-        hold = self._mapper.info(stack.hold_name(target.name))
-        if device is None or hold is None or target.path is None or not target.tidy:
+        if device is None or target.path is None or not target.tidy:
             return False
         if (device.uuid, device.devno) != (target.device.uuid, target.device.devno):
             return False
-        if self._mapper.dependencies(target.name) != [hold.devno]:
+        if not self.is_above_hold(target.name):
             return False
         shim = self._mapper.info(stack.shim_name(target.name))
         if (shim and shim.devno) != (target.shim and target.shim.devno):
             return False
         return copies.carries(disks.members, target.metadata)
+
+    def is_above_hold(self, name: str) -> bool:
+        """Whether the target of that name stands on what holds failed I/O, and on nothing else."""
+        hold = self._mapper.info(stack.hold_name(name))
+        return hold is not None and self._mapper.dependencies(name) == [hold.devno]
 
     def drain(self, target: ActiveTarget) -> None:
         """Wait until nothing is in flight below the map, none of whose chunks is frozen."""

@@ -91,7 +91,7 @@ class Freezer:
         """
         frozen, place = stack.frozen_name(target.name), stack.place_name(target.name)
         nowhere = [("", 0, length) for length in _lengths(target.metadata, chunks)]
-        self._put(target, place, stack.place_table(nowhere, target.carrier))
+        self._put(target, place, stack.place_table(nowhere, *target.carriers))
         self._step("place_set")
         sectors = sum(length for _devno, _sector, length in nowhere)
         below = existing(self._mapper, place).devno
@@ -118,7 +118,7 @@ class Freezer:
             (*place_of(target, metadata, chunk), length)
             for chunk, length in zip(chunks, _lengths(metadata, chunks))
         ]
-        self._put(target, place, stack.place_table(places, target.carrier))
+        self._put(target, place, stack.place_table(places, *target.carriers))
         self._step("place_final")
         self._release(frozen, place)
         self._step("thawed")
@@ -149,9 +149,12 @@ class Freezer:
         The freezing devices stay in use, so the next plan tries again to end the freeze.
         """
         frozen, place = stack.frozen_name(name), stack.place_name(name)
-        table = self._mapper.table(place)
-        nowhere = [Segment(s.start, s.length, "error", "") for s in table[:-1]]
-        self._mapper.load(place, [*nowhere, table[-1]])
+        sectors = sum(segment.length for segment in self._mapper.table(frozen))
+        table = [
+            Segment(s.start, s.length, "error", "") if s.start < sectors else s
+            for s in self._mapper.table(place)
+        ]
+        self._mapper.load(place, table)
         self._mapper.swap(place)
         self._release(frozen, place)
 

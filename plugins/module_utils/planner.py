@@ -81,6 +81,7 @@ class LostSpare:
         below: device number of the device that it stood on; empty where nobody knows.
         path: that device, empty where it is gone.
         reason: what is wrong with it.
+        mapped: whether the map leads to it still, so that a flush of what it lost fails.
     """
 
     index: int
@@ -88,6 +89,7 @@ class LostSpare:
     below: str
     path: str
     reason: str
+    mapped: bool = True
 
 
 @dataclass(frozen=True)
@@ -169,9 +171,10 @@ class ActiveTarget:
     def spare_devnos(self) -> dict[int, str]:
         """Device numbers of the spares' integrity devices, by index.
 
-        That of a lost spare is there too, because it gives the errors that its chunks must give.
+        That of a lost spare is there too until a flush has failed there: what it had acknowledged
+        may be lost.
         """
-        lost = {spare.index: spare.devno for spare in self.lost_spares if spare.devno}
+        lost = {s.index: s.devno for s in self.lost_spares if s.devno and s.mapped}
         return {**lost, **{spare.index: spare.devno for spare in self.spares}}
 
     @property
@@ -200,6 +203,12 @@ class ActiveTarget:
     def carrier(self) -> str:
         """Device number of a device that flushes may go to: main, or a spare without one."""
         return self.main.devno if self.main else next(iter(self.spare_devnos.values()))
+
+    @property
+    def carriers(self) -> list[str]:
+        """Device numbers of all devices that may hold what was not flushed; main's is the first."""
+        new = [self.new_main.devno] if self.new_main else []
+        return list(dict.fromkeys([self.carrier, *new, *self.spare_devnos.values()]))
 
     @property
     def errors(self) -> str:
@@ -1023,7 +1032,7 @@ def plan_upkeep(target: ActiveTarget) -> Plan:
         actions.append(Action("thaw", target.name))
     elif not target.tidy:
         actions.append(Action("tidy", target.name))
-    if target.path and (target.past_hold or target.cut != target.unavailable):
+    if target.path and (target.past_hold or target.certain and target.cut != target.unavailable):
         details = {"sectors": [list(item) for item in target.unavailable]}
         actions.append(Action("cut_off", target.name, details))
     # A spare that cannot be read may have a newer generation, of which they are spares.

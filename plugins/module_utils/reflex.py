@@ -380,7 +380,12 @@ class Reflex:
         return not self._engine.devices_below(ward.target) <= ward.below
 
     def _admit(self, name: str) -> Ward | None:
-        """Observe a target anew and open its devices, if its errors are held."""
+        """Observe a target anew and open its devices, if its errors are held.
+
+        Returns:
+            The target; None where it holds none, or cannot be looked at. Then its path is looked
+            after as before.
+        """
         before = self._wards.get(name)
         self._dismiss(name)
         try:
@@ -388,15 +393,20 @@ class Reflex:
             if target.path is None or target.main is None:
                 return None
             upkeep = plan_upkeep(target)
-            cut = target.cut
-            if upkeep.changes:
-                self._engine.apply(upkeep)
+            # Errors of main that wait must be healed first; see `_cut_off`.
+            actions = tuple(
+                action for action in upkeep.actions if action.kind != "cut_off" or target.past_hold
+            )
+            if actions:
+                self._engine.apply(replace(upkeep, actions=actions))
                 target = self._engine.require(name)
             closing = contextlib.ExitStack()
             disks = closing.enter_context(self._engine.opened(target))
         except (DmRemapError, OSError, ValueError) as error:
             log.error("%s", error)
             self._refresh_at = min(self._refresh_at, self._clock() + _TICK_SECONDS)
+            if before:
+                self._wards[name] = before
             return None
         if target.path is None or target.main is None:
             closing.close()
@@ -416,8 +426,6 @@ class Reflex:
             # What the trace says of it comes first.
             ward.alert_until = self._clock() + _ALERT_SECONDS
         self._wards[name] = ward
-        if target.cut != cut:
-            self._tell_lost_spares(ward)
         return ward
 
     def _dismiss(self, name: str) -> None:
@@ -442,6 +450,7 @@ class Reflex:
             if ward and (ward.let_go or not self._engine.is_current(ward.target, ward.disks)):
                 ward = self._admit(name)
             if ward is None:
+                self._despair(name)
                 return
             errors, ward.errors = on_one_main(ward, ward.errors), []
             begun = self._clock()
@@ -454,6 +463,13 @@ class Reflex:
                 self._admit(name)
             ward.alert_until = self._clock() + _ALERT_SECONDS
             log.info("%s: dealt with in %.3f s", name, self._clock() - begun)
+
+    def _despair(self, name: str) -> None:
+        """Let I/O fail at once that waits for a target which cannot be looked at any more."""
+        ward = self._wards.get(name)
+        if ward:
+            errors, ward.errors = ward.errors, []
+            self._give_up(ward, errors, "its metadata cannot be read, so nothing can be moved")
 
     def _heal(self, ward: Ward, errors: Sequence[BlockError]) -> None:
         target = ward.target
@@ -651,9 +667,10 @@ class Reflex:
         with self._engine.try_locked(name) as locked:
             if not locked:
                 ward.close()
-            elif ward.let_go:
+            elif ward.let_go or not self._engine.is_above_hold(name):
                 self._admit(name)
-                return False
+                # Where it was not admitted, its path is all that can be looked after.
+                return self._wards.get(name) is ward
         return locked
 
     def _look_at_path(self, name: str, ward: Ward) -> None:
@@ -684,15 +701,20 @@ class Reflex:
             self._give_up(ward, [], "its path fails again and again, and main has no error")
 
     def _cut_off(self, ward: Ward) -> None:
-        """Let what is on spares that are lost fail by itself, if that is what fails the path.
-
-        All that is needed for it is known, also if the only spare is the one.
-        """
-        seen = self._engine.look_at_spares(ward.target)
-        if seen.unavailable != seen.cut:
-            self._engine.cut_off(seen)
-            ward.target = replace(seen, cut=seen.unavailable)
-            self._tell_lost_spares(ward)
+        """Let what is on spares that are lost fail by itself, if that is what fails the path."""
+        try:
+            seen = self._engine.require(ward.target.name)
+        except DmRemapError:
+            # The only spare is the one; all that is needed is known, if nobody has changed it.
+            seen = self._engine.look_at_spares(ward.target)
+        if seen.lost_spares and seen.certain:
+            known = seen.cut
+            after = self._engine.cut_off(seen, lambda: self._release(ward, drained=True))
+            if after is not seen:
+                ward.strikes = 0
+            ward.target = replace(ward.target, cut=after.cut, lost_spares=after.lost_spares)
+            if after.cut != known:
+                self._tell_lost_spares(ward)
 
     def _tell_lost_spares(self, ward: Ward) -> None:
         if ward.target.unavailable:

@@ -139,13 +139,13 @@ def frozen_table(sectors: int, devno: str, milliseconds: int) -> list[Segment]:
     return [Segment(0, sectors, "delay", f"{slow} {slow} {devno} 0 0")]
 
 
-def place_table(places: list[tuple[str, int, int]], carrier: str) -> list[Segment]:
-    """Segments for the chunks on the move, one after the other, and one that carries flushes.
+def place_table(places: list[tuple[str, int, int]], *carriers: str) -> list[Segment]:
+    """Segments for the chunks on the move, one after the other, and those that carry flushes.
 
     Args:
         places: device number, first sector and sectors of each chunk; without a device its I/O
             fails.
-        carrier: device number that gets the flushes, which a table of errors would swallow.
+        carriers: device numbers that get the flushes, which a table of errors would swallow.
     """
     segments: list[Segment] = []
     position = 0
@@ -160,7 +160,10 @@ def place_table(places: list[tuple[str, int, int]], carrier: str) -> list[Segmen
         position += length
         # Without a device there is no sector that goes on either.
         last = (devno, sector + length if devno else sector)
-    return [*segments, Segment(position, CARRIER_SECTORS, "linear", f"{carrier} 0")]
+    return segments + [
+        Segment(position + number * CARRIER_SECTORS, CARRIER_SECTORS, "linear", f"{carrier} 0")
+        for number, carrier in enumerate(carriers)
+    ]
 
 
 @dataclass(frozen=True)

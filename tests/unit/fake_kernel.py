@@ -877,16 +877,20 @@ class Kernel:
         for request in waiting:
             self._serve(request, device.devno)
 
+    def in_flight(self, name: str) -> bool:
+        """Whether I/O that came through a device waits further down."""
+        return bool(self._below(name))
+
     @contextlib.contextmanager
-    def swap_begun(self, name: str) -> Iterator[bool]:
+    def swap_begun(self, name: str) -> Iterator[None]:
         """New I/O waits, as in a swap that itself waits for what is in flight, if anything is.
 
         Whoever began it may be killed, or give it up by an error: then nothing was swapped.
         """
         device = self.mapped[name]
-        device.suspended = bool(self._below(name))
+        device.suspended = self.in_flight(name)
         try:
-            yield device.suspended
+            yield
         except BaseException:
             device.suspended = False
             waiting, device.waiting[:] = list(device.waiting), []
@@ -920,7 +924,8 @@ class Kernel:
 
     def _try_again(self, device: Mapped, path: Multipath) -> None:
         queued, path.queued[:] = list(path.queued), []
-        for request in queued:
+        # What a disk does to a flush is known when all others are on their way.
+        for request in sorted(queued, key=lambda request: request.io.verb == "flush"):
             self._serve(request, device.devno)
 
     def shown(self, name: str) -> list[Segment]:
@@ -1098,9 +1103,10 @@ class Mapper:
     def swap_while(self, name: str, meanwhile: Callable[[], None], events: None = None) -> None:
         def swap() -> None:
             kernel = self._process.kernel
-            with kernel.swap_begun(name) as waits:
-                if waits:
-                    meanwhile()
+            with kernel.swap_begun(name):
+                for _turn in range(10):
+                    if kernel.in_flight(name):
+                        meanwhile()
             kernel.resume(name)
 
         self._device(name)
