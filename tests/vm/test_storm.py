@@ -91,7 +91,7 @@ class Placer:
         """A sector that was not taken."""
         ranges = self._places[where]
         while True:
-            start, count = self.random.choices(ranges, [count for _, count in ranges])[0]
+            start, count = self.random.choices(ranges, [count for _start, count in ranges])[0]
             sector = self.random.randrange(start, start + count)
             if sector not in self._chosen:
                 self._chosen.add(sector)
@@ -112,7 +112,7 @@ def choose(placer: Placer, kind: Kind, total: int, database: bool) -> list[Bad]:
     """Choose all sectors of a storm."""
     found = []
     for sort, share in SHARES.items():
-        for _ in range(total * share // 100):
+        for _sector in range(total * share // 100):
             weights = PLACES.get(sort, {sort: 1})
             known = [where for where in weights if database or where not in ("database", "log")]
             where = placer.random.choices(known, [weights[place] for place in known])[0]

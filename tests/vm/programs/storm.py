@@ -217,7 +217,9 @@ def load(given: dict[str, Any], listener: Listener) -> dict[str, Any]:
         for owner in owners(path, lost, LOOK_UP_SECONDS)
     ]
     run(["umount", MOUNT])
-    check = subprocess.run(["e2fsck", "-f", "-n", path], capture_output=True, text=True)
+    check = subprocess.run(
+        ["e2fsck", "-f", "-n", path], capture_output=True, text=True, check=False
+    )
     found["check"] = [check.returncode, check.stdout + check.stderr]
     return {**found, "reports": listener.reports, **state(given["name"])}
 
