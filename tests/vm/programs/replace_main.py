@@ -67,7 +67,9 @@ def create(given: dict[str, Any]) -> list[str]:
     with Engine().healing():
         kinds = change(given, given["main"], Engine())[0]
     if given.get("filesystem"):
-        load.run([*load.MAKE["ext4"], f"/dev/mapper/{given['name']}"])
+        # Else the kernel zeroes inode tables later, by requests whose errors nobody places yet.
+        eager = ["-E", "lazy_itable_init=0,lazy_journal_init=0"]
+        load.run([*load.MAKE["ext4"], *eager, f"/dev/mapper/{given['name']}"])
     return kinds
 
 
