@@ -10,6 +10,7 @@ import errno
 import os
 import re
 import threading
+import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -30,6 +31,7 @@ _ANSWER_BYTES = 16 * 1024
 _LINE_BYTES = 40 + 48
 
 _SWAP_BEGINS_SECONDS = 0.02
+_IDLE_SECONDS = 0.002
 
 _QUEUE_TIMEOUT = "/sys/module/dm_multipath/parameters/queue_if_no_path_timeout_secs"
 
@@ -363,6 +365,23 @@ class DeviceMapper:
             thread.join(_SWAP_BEGINS_SECONDS)
         if failures:
             raise failures[0]
+
+    def wait_idle(self, name: str, seconds: float) -> bool:
+        """Wait until no I/O of ``name`` is in flight; whether that came within ``seconds``.
+
+        Source: the file ``inflight`` of Documentation/ABI/stable/sysfs-block.
+        """
+        device = self.info(name)
+        if device is None:
+            return True
+        end = time.monotonic() + seconds
+        while True:
+            with open(f"/sys/dev/block/{device.devno}/inflight", encoding="ascii") as file:
+                if not any(int(number) for number in file.read().split()):
+                    return True
+            if time.monotonic() >= end:
+                return False
+            time.sleep(_IDLE_SECONDS)
 
     @contextmanager
     def events(self) -> Iterator[Any]:

@@ -64,6 +64,9 @@ LOCK_DIR = "/run/dm-remap"
 # How long the kernel holds failed I/O that nobody heals.
 HOLD_SECONDS = 120
 
+# How long the kernel is given to let held I/O fail.
+FAILING_SECONDS = 1.0
+
 # The daemon's reflex holds a lock on this file in the lock folder while it runs.
 HEALER_LOCK = ".healer.lock"
 
@@ -154,6 +157,9 @@ class Mapper(Protocol):
 
     def swap_while(self, name: str, meanwhile: Callable[[], None], events: Any = ...) -> None:
         """Swap while something ends what is in flight."""
+
+    def wait_idle(self, name: str, seconds: float) -> bool:
+        """Wait until no I/O is in flight."""
 
     def clear(self, name: str) -> None:
         """Drop the inactive table."""
@@ -618,7 +624,6 @@ class Engine:
         spares: list[ActiveSpare] = []
         lost = {i: LostSpare(i, "", "", "", "has no device in the kernel") for i in wanted}
         strays = []
-        used = {mapping.linear_target(s)[0] for s in target.table if s.target == "linear"}
         for look in looks:
             path = look.candidate.info.path if look.candidate else look.path
             if look.index not in wanted:
@@ -627,8 +632,9 @@ class Engine:
                 continue
             trouble = look.trouble or self._trouble_in_data(look, metadata)
             if trouble or look.candidate is None:
+                mapped = not _fails_in_map(target, look.index)
                 lost[look.index] = LostSpare(
-                    look.index, look.devno, look.below, path, trouble, look.devno in used
+                    look.index, look.devno, look.below, path, trouble, mapped
                 )
             else:
                 spares.append(ActiveSpare(look.index, look.devno, look.candidate))
@@ -1337,7 +1343,8 @@ class Engine:
             sectors, self._existing(stack.hold_name(name)).devno, target.unavailable
         )
         fresh = subtract_ranges(target.unavailable, target.cut)
-        owed = not fresh and any(lost.mapped and lost.devno for lost in target.lost_spares)
+        used = {mapping.linear_target(s)[0] for s in target.table if s.target == "linear"}
+        owed = not fresh and any(lost.devno in used for lost in target.lost_spares)
         let_go = release or (lambda: self.release(target))
         after = target
         with self._mapper.events() as events:
@@ -1353,6 +1360,9 @@ class Engine:
                 self.release(target)
             elif target.cut == target.unavailable:
                 return target
+            elif list(target.table) != target.map_table(target.metadata):
+                # A spare that can be used again is not in the map any more.
+                self._freezer.swap_map(target, target.map_table(target.metadata), events)
             self._mapper.load(name, top)
             self._mapper.swap(name, events)
         self._step("cut_off")
@@ -1506,6 +1516,8 @@ class Engine:
             return
         hold = stack.hold_name(target.name)
         self._mapper.message(hold, "fail_if_no_path")
+        # The kernel lets it fail by and by, and what is not through by then would be tried again.
+        self._mapper.wait_idle(hold, FAILING_SECONDS)
         self._mapper.message(hold, f"reinstate_path {target.path.devno}")
         self._mapper.message(hold, "queue_if_no_path")
 
@@ -2270,6 +2282,16 @@ def _metadata_of(plan: Plan) -> Metadata:
 
 def _index_of(plan: Plan, path: str) -> int:
     return next(index for index, info in plan.spares.items() if info.path == path)
+
+
+def _fails_in_map(target: ActiveTarget, index: int) -> bool:
+    """Whether the live map has errors where chunks on spare ``index`` are."""
+    chunk_sectors = target.metadata.config["chunk_sectors"]
+    starts = [chunk * chunk_sectors for chunk in planner.chunks_on(target.metadata, index)]
+    return bool(starts) and any(
+        segment.target == "error" and segment.start <= starts[0] < segment.start + segment.length
+        for segment in target.table
+    )
 
 
 def _agrees(target: ActiveTarget, over_main: str = "") -> bool:

@@ -30,7 +30,7 @@ from .planner import ActiveTarget, degradation, plan_upkeep
 from .probing import MEDIUM_ERRORS, DeviceState, device_state, serves_requests, whole_disk
 from .report import sector_ranges
 from .salvage import Patience, Salvage, Unfinished
-from .tracing import FLUSH, WRITE, BlockError, Lost, Parser, TraceInstance
+from .tracing import FLUSH, READ, WHOLESALE, BlockError, Lost, Parser, TraceInstance
 
 INSTANCE = "dm_remap_reflex"
 
@@ -176,7 +176,11 @@ def injury_of(target: ActiveTarget, start: int, errors: Iterable[BlockError]) ->
         else:
             for first, count in intersect_ranges([(error.sector - start, error.count)], (0, total)):
                 touched = range(first // chunk_sectors, (first + count - 1) // chunk_sectors + 1)
-                hit[error.operation == WRITE].update(touched)
+                if error.operation in WHOLESALE:
+                    # A map that leads to a spare does not offer it, so it ends as not supported,
+                    # and whoever asked goes on with plain writes, of which the bad ones will tell.
+                    touched = touched[: 0 if metadata.extents else 1]
+                hit[error.operation != READ].update(touched)
     on_main = {
         write: frozenset(c for c in chunks if extents.find(metadata.extents, c) is None)
         for write, chunks in hit.items()

@@ -10,6 +10,7 @@ ring buffer of the instance keeps collecting while no daemon runs.
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import re
 from collections.abc import Iterable
@@ -23,10 +24,14 @@ BUFFER_KIB_PER_CPU = 1408
 _READ_BYTES = 1 << 16
 
 READ, WRITE, FLUSH = "read", "write", "flush"
+# Their ranges may be gigabytes long, and whoever asked for them goes on without them.
+ZEROES, DISCARD = "write_zeroes", "discard"
+WHOLESALE = (ZEROES, DISCARD)
 
-# The one-letter operations that blk_fill_rwbs (kernel/trace/blktrace.c) prints.
-_OPERATIONS = {"R": READ, "W": WRITE}
-_RWBS = re.compile(r"(?:F?(?P<data>[RW])|F)(?P<flags>[A-Z]*)\Z")
+# The operations that blk_fill_rwbs (kernel/trace/blktrace.c) prints. Write zeroes has no letter of
+# its own, so it gets that of none, N; so have operations of zoned disks, which no target has.
+_OPERATIONS = {"R": READ, "W": WRITE, "D": DISCARD, "N": ZEROES, "WZ": ZEROES}
+_RWBS = re.compile(r"(?:F?(?P<data>R|WZ|W|D|N)|F)(?P<flags>[A-Z]*)\Z")
 
 # A line begins with the task and the processor: `TASK-PID [CPU] FLAGS TIME: EVENT: ...`.
 _CPU = re.compile(r".*-\d+ +\[(?P<cpu>\d+)\] ")
@@ -58,7 +63,7 @@ class BlockError:
     Args:
         request: True for a request (disks), False for a bio (device-mapper, md).
         devno: `major:minor` of the whole disk for a request, of the bio's device for a bio.
-        operation: `read`, `write` or `flush`.
+        operation: `read`, `write`, `flush`, `write_zeroes` or `discard`.
         sector: first sector on the whole disk. The bad one may be any of the request's.
         count: sectors; 0 for a flush.
         errno: positive error number.
@@ -82,7 +87,7 @@ class Lost:
 
 
 def parse_line(line: str) -> BlockError | Lost | None:
-    """Parse a line of `trace_pipe`; None when it is not a failed read, write or flush."""
+    """Parse a line of `trace_pipe`; None when it is not of a failed operation that is known."""
     found = _LINE.search(line)
     if found is None:
         lost = _LOST.match(line)
@@ -92,6 +97,8 @@ def parse_line(line: str) -> BlockError | Lost | None:
     operation, readahead = _operation(found["rwbs"], count)
     if error <= 0 or not operation:
         return None
+    if operation in WHOLESALE and error == errno.EOPNOTSUPP:
+        return None  # an answer rather than a failure
     return BlockError(
         request=found["event"] != "block_bio_complete",
         devno=f"{found['major']}:{found['minor']}",
@@ -110,7 +117,7 @@ def _operation(rwbs: str, count: int) -> tuple[str, bool]:
         return "", False
     if count == 0:
         # An empty write is a flush; the block layer has taken its preflush flag off by then.
-        return ("" if found["data"] == "R" else FLUSH), False
+        return (FLUSH if found["data"] in (None, "W") else ""), False
     return _OPERATIONS.get(found["data"], ""), "A" in found["flags"]
 
 
@@ -131,12 +138,15 @@ class Parser:
         return [item for item in map(self._parse, lines) if item is not None]
 
     def split(self, lines: Iterable[str]) -> tuple[list[BlockError], int]:
-        """Return the errors in `lines` without readahead, and how many entries were lost."""
+        """Return the failed reads, writes and flushes in `lines`, and how many entries were lost.
+
+        Readahead is left out, because nobody waits for it.
+        """
         errors, lost = [], 0
         for item in self.parse(lines):
             if isinstance(item, Lost):
                 lost += item.count
-            elif not item.readahead:
+            elif not item.readahead and item.operation not in WHOLESALE:
                 errors.append(item)
         return errors, lost
 

@@ -1112,6 +1112,10 @@ class Mapper:
         self._device(name)
         self._run("swap", name, swap)
 
+    def wait_idle(self, name: str, seconds: float) -> bool:
+        kernel = self._process.look()
+        return not kernel.in_flight(name) and name not in dict(kernel.waiting())
+
     def clear(self, name: str) -> None:
         def drop() -> None:
             self._process.kernel.mapped[name].inactive = None

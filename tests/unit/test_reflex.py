@@ -1056,6 +1056,19 @@ def test_failed_requests_become_chunks_on_main(
     assert injury.others == others
 
 
+@pytest.mark.parametrize("operation", ["write_zeroes", "discard"])
+@pytest.mark.parametrize("spared", [False, True])
+def test_of_a_whole_range_that_failed_one_chunk_moves_if_none_has(
+    target: Scene, operation: str, spared: bool
+) -> None:
+    """Then the map does not offer the operation any more, and it ends as not supported."""
+    if spared:
+        target.remap((16, 8))
+    error = BlockError(True, "8:0", operation, 140, 100, errno.EIO, False)
+    injury = injury_of(target.engine().require(NAME), 100, [error])
+    assert (injury.reads, injury.writes, injury.others) == (set(), set() if spared else {5}, set())
+
+
 def test_reports_wait_for_a_listener_and_the_oldest_go_first() -> None:
     reports = Reports(keep=2)
     told: list[int] = []

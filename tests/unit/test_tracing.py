@@ -50,6 +50,11 @@ def test_a_failed_read_is_understood_in_every_printed_form(tail):
         ("WS", "write", False),
         ("FWFS", "write", False),
         ("WFSM", "write", False),
+        ("N", "write_zeroes", False),
+        ("NS", "write_zeroes", False),
+        ("WZS", "write_zeroes", False),
+        ("D", "discard", False),
+        ("DE", "discard", False),
     ],
 )
 def test_operation_and_readahead(rwbs, operation, readahead):
@@ -68,21 +73,27 @@ def test_an_empty_request_is_a_flush(rwbs):
     [
         "",
         PREFIX + "block_rq_error: 8,0 D () 0 + 8 [-95]",
-        PREFIX + "block_rq_error: 8,0 DE () 0 + 8 [-5]",
-        PREFIX + "block_rq_error: 8,0 N () 0 + 8 [-5]",
+        PREFIX + "block_rq_error: 8,0 NS () 0 + 8 [-95]",
+        PREFIX + "block_rq_error: 8,0 N () 0 + 0 [-5]",
         PREFIX + "block_rq_error: 8,0 R () 0 + 0 [-5]",
         PREFIX + "block_rq_complete: 8,0 R () 0 + 8 [0]",
         PREFIX + "block_rq_error: 8,0 R () 0 + 8",
         PREFIX + "tracing_mark_write: a note",
     ],
 )
-def test_what_is_no_failed_read_write_or_flush_is_left_out(line):
+def test_what_is_no_failure_of_a_known_operation_is_left_out(line):
     assert parse_line(line) is None
 
 
 def test_a_bio_is_told_from_a_request():
     error = parse_line(PREFIX + "block_bio_complete: 253,0 WS 4096 + 16 [-121]")
     assert error == BlockError(False, "253:0", "write", 4096, 16, 121, False)
+
+
+@pytest.mark.parametrize("rwbs", ["NS", "D", "DE"])
+def test_operations_on_whole_ranges_are_no_bad_sectors_for_the_daemon(rwbs):
+    """Whoever asked for one goes on with plain writes, or without it."""
+    assert Parser().split([rq(f"8,0 {rwbs} () 0 + 65536 [-5]")]) == ([], 0)
 
 
 def test_readahead_is_ignored_and_losses_are_counted():

@@ -301,6 +301,22 @@ def test_a_healer_killed_in_the_middle_goes_on(guest: Guest) -> None:
 
 
 @pytest.mark.core
+def test_a_file_system_is_made_and_used_over_bad_sectors(guest: Guest) -> None:
+    """mkfs and the mounted file system write zeroes by one operation for a whole range."""
+    guest.create("main")
+    total = int(guest.lab.run(["blockdev", "--getsz", guest.path]).stdout)
+    bad = [(at, 8) for at in range(1024, total, 8192)]
+    guest.lab.disk("main").fail(bad, op="write")
+    zeroed = guest.lab.run(["blkdiscard", "-z", guest.path], timeout=300, check=False)
+    assert zeroed.rc == 0, zeroed.stderr
+    made = guest.lab.run(["mkfs.ext4", "-q", "-F", guest.path], timeout=300, check=False)
+    assert made.rc == 0, made.stderr
+    checked = guest.lab.run(["e2fsck", "-fn", guest.path], timeout=300, check=False)
+    assert checked.rc == 0, checked.stdout
+    assert guest.health()["failed"] == 0
+
+
+@pytest.mark.core
 def test_a_lost_spare_takes_down_only_what_was_on_it(guest: Guest) -> None:
     lost, others = range(384, 640, 8), [at for at in range(0, FILLED, 8) if not 384 <= at < 640]
     for name in ("pull0", "pull1"):
