@@ -233,11 +233,8 @@ def test_an_application_sees_lost_sectors_only(
         }
     else:
         assert {first["direct read"], first["direct write"]} == {"ENODATA"}
-        # Both may be healed together, if the healer came late to the first.
-        lost: set[tuple[int, ...]] = set()
-        while not lost >= {(1288, 8), (5128, 8)}:
-            lost |= {tuple(item) for item in guest.event("sectors_lost")["sectors"]}
-        assert lost == {(1288, 8), (5128, 8)}
+        # Both may be healed together, if readahead met the second before the first was healed.
+        assert guest.event("sectors_lost")["sectors"] in ([[1288, 8]], [[1288, 8], [5128, 8]])
         # The application's second try comes after the healing, however long that takes.
         while guest.do("direct write", 2560, 64, 1) != "ok":
             pass
