@@ -91,7 +91,7 @@ class Freezer:
         """
         frozen, place = stack.frozen_name(target.name), stack.place_name(target.name)
         nowhere = [("", 0, length) for length in _lengths(target.metadata, chunks)]
-        self._put(target, place, stack.place_table(nowhere, *target.carriers))
+        self._put(target, place, stack.place_table(nowhere, *_carriers(target, chunks)))
         self._step("place_set")
         sectors = sum(length for _devno, _sector, length in nowhere)
         below = existing(self._mapper, place).devno
@@ -118,7 +118,7 @@ class Freezer:
             (*place_of(target, metadata, chunk), length)
             for chunk, length in zip(chunks, _lengths(metadata, chunks))
         ]
-        self._put(target, place, stack.place_table(places, *target.carriers))
+        self._put(target, place, stack.place_table(places, target.carrier))
         self._step("place_final")
         self._release(frozen, place)
         self._step("thawed")
@@ -255,6 +255,15 @@ def place_of(target: ActiveTarget, metadata: Metadata, chunk: int) -> tuple[str,
             return target.new_main.devno, chunk * chunk_sectors
         return target.upper_main, chunk * chunk_sectors
     return target.spare_devnos.get(place.spare, ""), place.physical * chunk_sectors
+
+
+def _carriers(target: ActiveTarget, chunks: Sequence[int]) -> list[str]:
+    """Device numbers of main, and of where the chunks are: a flush must reach what they hold.
+
+    The map may have no other segment there that would hand it on.
+    """
+    found = [place_of(target, target.metadata, chunk)[0] for chunk in chunks]
+    return list(dict.fromkeys([target.carrier, *(d for d in found if d)]))
 
 
 def held_chunks(target: ActiveTarget) -> list[int]:

@@ -205,12 +205,6 @@ class ActiveTarget:
         return self.main.devno if self.main else next(iter(self.spare_devnos.values()))
 
     @property
-    def carriers(self) -> list[str]:
-        """Device numbers of all devices that may hold what was not flushed; main's is the first."""
-        new = [self.new_main.devno] if self.new_main else []
-        return list(dict.fromkeys([self.carrier, *new, *self.spare_devnos.values()]))
-
-    @property
     def errors(self) -> str:
         """What becomes of failed I/O now: V(hold) or V(fail)."""
         return FAIL if self.path is None else HOLD
