@@ -54,14 +54,26 @@ done
 for name in $(dmsetup table --target multipath 2>/dev/null | sed -n 's/: 0 .*//p'); do
     dmsetup message "$name" 0 fail_if_no_path
 done
-for round in 1 2 3; do
+# A stack of devices goes level by level, while udev may still look at some of them.
+before=
+retry=
+while :; do
     awk '$2 ~ "^/mnt(/|$)" { print $2 }' /proc/mounts | tac | while read -r point; do
         umount "$point"
     done
-    dmsetup remove_all --retry 2>/dev/null
-    [ -z "$(ls /sys/block | grep ^dm-)" ] && break
+    dmsetup remove_all $retry 2>/dev/null
+    udevadm settle
+    left=$(ls /sys/block | grep -c ^dm-)
+    [ "$left" -eq 0 ] && break
+    if [ "$left" != "$before" ]; then
+        retry=
+    elif [ -z "$retry" ]; then
+        retry=--retry
+    else
+        break
+    fi
+    before=$left
 done
-udevadm settle
 left=$(dmsetup info -c --noheadings -o name,open 2>/dev/null | grep -v '^No devices')
 [ -z "$left" ] || { echo "still there: $left" >&2; exit 1; }
 ! grep -E ' /mnt(/| )' /proc/mounts >&2

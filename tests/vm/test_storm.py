@@ -249,8 +249,10 @@ def show(kind: Kind, bad: list[Bad], done: dict[str, Any], kernel: list[str]) ->
     for sort in SHARES:
         chunks = [one.sector // CHUNK_SECTORS for one in bad if one.sort == sort]
         counts[sort] = f"{sum(chunk in remapped for chunk in chunks)}/{len(chunks)}"
+    requests = sum(report.get("requests", 0) for report in done["reports"])
     print(
         f"{kind}: {len(bad)} bad sectors, in chunks that were moved: {counts}; "
+        f"{requests} requests failed; "
         f"{len(remapped)} chunks moved, {len(done['lost'])} sectors lost; "
         f"loads {done['runs']}, {done.get('transactions', 0)} transactions; "
         f"error to healed (healer) {summary(healing_times(done['reports']))}, "
@@ -357,13 +359,14 @@ def test_which_errors_are_held(healed: Guest, kind: Kind) -> None:
         "read of written": ("read", stuck + durable + dead),
     }
     done = healed.call("held", name=NAME, seed=SEED, steps=list(steps.values()))
-    for step, seen in zip(steps, done["steps"]):
+    *failing, _written = done["steps"]
+    for step, seen in [*zip(steps, done["steps"]), ("all but the last", sum(failing, []))]:
         errors = [len(each["attempts"]) - 1 for each in seen]
         print(
             f"{kind}: {step}: {sum(errors)} errors seen, {max(errors)} for one at most; "
             f"{summary(sorted(each['seconds'] for each in seen))}"
         )
-    print(f"{kind}: healer: {summary(healing_times(done['reports']))}")
+    print(f"{kind}: error to healed (healer) {summary(healing_times(done['reports']))}")
     kinds = {report["type"] for report in done["reports"]}
     assert kinds <= {"healing", "healed", "passed"}, done["reports"]
     attempts = [[each["attempts"] for each in seen] for seen in done["steps"]]
