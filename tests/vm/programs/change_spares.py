@@ -9,7 +9,8 @@ import os
 import subprocess
 from typing import Any
 
-from load import CHECK, LOADS, MAKE, MOUNT, begin, run
+from fio import LOADS, begin
+from load import CHECK, MAKE, MOUNT, run
 from scene import HASTY, Engine, answer, arguments, state
 
 from dm_remap.planner import (
@@ -84,7 +85,7 @@ def walk(given: dict[str, Any]) -> dict[str, Any]:
         "remap again": lambda: move(name, chunks[:half], back=False),
     }
     try:
-        loads += [begin(kind) for kind in LOADS]
+        loads += [begin(kind, MOUNT) for kind in LOADS]
         for step, act in steps.items():
             working.append(all(load.is_alive() for load in loads))
             done[step] = act()
