@@ -17,6 +17,7 @@ from tests.vm.guest import PLACE, Guest
 
 Row = tuple[str, list[float], float]
 PARTS = ("measure", "stack")
+LATENCIES = ("0", "100 us", "5 ms")
 REMAPS = 10_000
 
 
@@ -29,6 +30,9 @@ def main() -> int:
         "--only", choices=PARTS, action="append", help="measure this part only; may be repeated"
     )
     parser.add_argument("--seconds", type=int, default=2, help="length of each load of the stack")
+    parser.add_argument(
+        "--latency", choices=LATENCIES, action="append", help="of the stack's disk; may be repeated"
+    )
     parser.add_argument("--json", action="store_true", help="print what was measured as JSON")
     arguments = parser.parse_args()
     disks = [Disk("main", size="256M"), Disk("spare", size="256M")]
@@ -52,6 +56,7 @@ def main() -> int:
                 rounds=max(1, arguments.rounds // 7),
                 seconds=arguments.seconds,
                 remaps=REMAPS,
+                latencies=arguments.latency or LATENCIES,
             )
     if arguments.json:
         print(json.dumps(found))
