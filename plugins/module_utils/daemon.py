@@ -32,7 +32,6 @@ from .blockdev import SECTOR_BYTES, BlockDevice, node_of
 from .errors import DmRemapError, MissingKernelFeature
 from .events import Draft, Origin, counted, local_origin
 from .files import owners
-from .format import Metadata
 from .healed import HealerLink, finding_of, known_number, note_of, number_of
 from .inventory import Guarded, Kept, guarded_targets, kept_of
 from .journal import DamagedJournal, Journal, Observation, Page, failure, move_aside
@@ -74,7 +73,7 @@ class Host:
 
     def __init__(self, state_directory: str) -> None:
         self._backups = Backups(os.path.join(state_directory, BACKUP_FOLDER))
-        self._metadata: dict[uuid.UUID, Metadata] = {}
+        self._known: dict[uuid.UUID, tuple[Kept, Collection[int]]] = {}
         self._tables: Any = None
 
     def targets(self) -> list[Guarded]:
@@ -87,14 +86,14 @@ class Host:
 
     def _kept(self, target: uuid.UUID, active: Collection[int]) -> Kept:
         newest = next(iter(self._backups.generations(target)), 0)
-        known = self._metadata.get(target)
-        # A target is asked for with each error, and its metadata seldom changes.
-        if known is None or known.generation != newest:
-            known = self._backups.newest(target)
-            if known is None:
+        known = self._known.get(target)
+        # A target is asked for with each error, and neither of them changes often.
+        if known is None or (known[0].generation, known[1]) != (newest, active):
+            metadata = self._backups.newest(target)
+            if metadata is None:
                 return Kept()
-            self._metadata[target] = known
-        return kept_of(known, active)
+            known = self._known[target] = kept_of(metadata, active), active
+        return known[0]
 
     def state(self, devno: str) -> DeviceState:
         """Return whether a device can be asked."""

@@ -1395,12 +1395,8 @@ class Engine:
             Whether anything was let fail.
         """
         name, hold = target.name, stack.hold_name(target.name)
-        chunk_sectors = target.metadata.config["chunk_sectors"]
-        chunks = [
-            chunk
-            for start, count in ranges
-            for chunk in range(start // chunk_sectors, -(-(start + count) // chunk_sectors))
-        ]
+        config = target.metadata.config
+        chunks = extents.chunks_of(ranges, config["chunk_sectors"], config["main"]["sectors"])
         turns = itertools.count()
         failed: list[int] = []
 
