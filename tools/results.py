@@ -17,6 +17,7 @@ from typing import Any
 from xml.etree import ElementTree
 
 STOP_SECONDS = 60
+LINE_LENGTH = 240
 
 
 @dataclass(frozen=True)
@@ -171,15 +172,34 @@ def write(path: Path, suite: str, outcomes: dict[str, Outcome]) -> None:
     ElementTree.ElementTree(root).write(path, encoding="unicode", xml_declaration=True)
 
 
+def _cases(path: Path) -> list[ElementTree.Element]:
+    """The checks in a JUnit file; none when there is no such file or it is cut short."""
+    try:
+        return list(ElementTree.parse(path).getroot().iter("testcase"))
+    except (OSError, ElementTree.ParseError):
+        return []
+
+
+def _failure(case: ElementTree.Element) -> ElementTree.Element | None:
+    """What a check says of its failure, whether in itself or in its preparation."""
+    failure = case.find("failure")
+    return case.find("error") if failure is None else failure
+
+
 def read(path: Path) -> Counts:
     """Return the numbers in a JUnit file; none when there is no such file or it is cut short."""
-    try:
-        root = ElementTree.parse(path).getroot()
-    except (OSError, ElementTree.ParseError):
-        return Counts()
-    cases = list(root.iter("testcase"))
-    failed = sum(
-        case.find("failure") is not None or case.find("error") is not None for case in cases
-    )
+    cases = _cases(path)
+    failed = sum(_failure(case) is not None for case in cases)
     skipped = sum(case.find("skipped") is not None for case in cases)
     return Counts(len(cases) - failed - skipped, failed, skipped)
+
+
+def failures(path: Path) -> list[str]:
+    """Return a line for each failed check in a JUnit file: its name and why, shortened."""
+    lines = []
+    for case in _cases(path):
+        failure = _failure(case)
+        if failure is not None:
+            reason = " ".join((failure.get("message") or "").split())
+            lines.append(f"{case.get('classname')}::{case.get('name')}: {reason}"[:LINE_LENGTH])
+    return lines

@@ -50,6 +50,7 @@ class Summary:
     target: str
     outcome: results.Outcome
     counts: results.Counts
+    failures: list[str]
 
 
 def run_part(part: Part, deadline: float) -> Summary:
@@ -63,7 +64,7 @@ def run_part(part: Part, deadline: float) -> Summary:
     counts = results.read(report)
     if not outcome.passed and counts.failed == 0:
         counts += results.Counts(failed=1)
-    return Summary(part.target, outcome, counts)
+    return Summary(part.target, outcome, counts, results.failures(report))
 
 
 def main() -> int:
@@ -96,6 +97,8 @@ def main() -> int:
         print(
             f"{verdict:6}  {summary.target:13} {summary.outcome.seconds:6.0f} s  {summary.counts}"
         )
+        for failure in summary.failures:
+            print(f"        {failure}")
     failed = [summary.target for summary in summaries if not summary.outcome.passed]
     if failed:
         print(f"Failed: {', '.join(failed)}; their output is in .build/results/")

@@ -53,9 +53,11 @@ def test_counts_of_pytest_are_read(tmp_path: Path) -> None:
     path = tmp_path / "part.xml"
     path.write_text(
         "<testsuites><testsuite><testcase/><testcase><skipped/></testcase>"
-        "<testcase><failure/></testcase><testcase><error/></testcase></testsuite></testsuites>"
+        "<testcase classname='t' name='a'><failure message='one\n two'/></testcase>"
+        "<testcase classname='t' name='b'><error/></testcase></testsuite></testsuites>"
     )
     assert str(results.read(path)) == "1 passed, 2 failed, 1 skipped"
+    assert results.failures(path) == ["t::a: one two", "t::b: "]
 
 
 @pytest.mark.parametrize("content", [None, "", "<testsuite>"])
@@ -64,6 +66,7 @@ def test_no_whole_report_counts_nothing(tmp_path: Path, content: str | None) -> 
     if content is not None:
         path.write_text(content)
     assert results.read(path) == results.Counts()
+    assert results.failures(path) == []
 
 
 SANITY = 'Running sanity test "pep8"\nRunning sanity test "pylint"\n'
