@@ -57,10 +57,10 @@ test-loop: packages-rulebook collection
 	@$(PYTEST) tests/loop -m 'not soak' $(ARGS)
 
 test-vm: packages-rulebook packages-lab collection
-	@$(PYTEST) tests/vm -m 'not soak' $(ARGS)
+	@$(PYTEST) tests/vm -v -m 'not soak' $(ARGS)
 
 test-vm-13: packages-rulebook packages-lab collection
-	@$(PYTEST) tests/vm -m 'core and not soak' --lab-image debian-13 $(ARGS)
+	@$(PYTEST) tests/vm -v -m 'core and not soak' --lab-image debian-13 $(ARGS)
 
 test-molecule: packages-lab collection
 	@$(ENVIRONMENT) python tools/run_molecule.py

@@ -45,6 +45,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.vm)
 
 
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    """Say at once why a test failed, because a run that takes long may be cut short."""
+    if report.failed:
+        print(f"\n{report.nodeid}: {report.when}\n{report.longreprtext}", flush=True)
+
+
 @pytest.fixture(scope="session")
 def lab_image(pytestconfig: pytest.Config) -> str:
     """The name of the guest image to test on."""

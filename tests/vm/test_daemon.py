@@ -233,7 +233,9 @@ def test_a_partition_is_counted_from_its_own_start(guest: Guest) -> None:
     # One entry of a DOS partition table: type Linux, first sector, number of sectors.
     entry = struct.pack("<B3sB3sII", 0, b"", 0x83, b"", 2048, 65536)
     disk.write(0, bytes(446) + entry + bytes(48) + b"\x55\xaa")
-    guest.lab.run(["blockdev", "--rereadpt", disk.path])
+    # udev reads partition tables too, and only one may at a time.
+    lock = ["udevadm", "lock", f"--device={disk.path}"]
+    guest.lab.run([*lock, "blockdev", "--rereadpt", disk.path])
     guest.lab.run(["udevadm", "settle"])
     guest.target(disk.path + "-part1")
     disk.fail([(2048 + 777, 2)], op="read")

@@ -9,7 +9,7 @@ import os
 import subprocess
 from typing import Any
 
-from fio import LOADS, begin
+from fio import loaded
 from load import CHECK, MAKE, MOUNT, run
 from scene import HASTY, Engine, answer, arguments, state
 
@@ -74,7 +74,7 @@ def walk(given: dict[str, Any]) -> dict[str, Any]:
     run([*MAKE["ext4"], path])
     os.makedirs(MOUNT, exist_ok=True)
     run(["mount", path, MOUNT])
-    loads, done, working = [], {}, []
+    done, working = {}, []
     half = len(chunks) // 2
     steps = {
         "remap": lambda: move(name, chunks, back=False),
@@ -85,15 +85,11 @@ def walk(given: dict[str, Any]) -> dict[str, Any]:
         "remap again": lambda: move(name, chunks[:half], back=False),
     }
     try:
-        loads += [begin(kind, MOUNT) for kind in LOADS]
-        for step, act in steps.items():
-            working.append(all(load.is_alive() for load in loads))
-            done[step] = act()
+        with loaded(MOUNT) as loads:
+            for step, act in steps.items():
+                working.append(all(load.is_alive() for load in loads))
+                done[step] = act()
     finally:
-        for load in loads:
-            load.stopping.set()
-        for load in loads:
-            load.join()
         run(["umount", MOUNT])
     check = subprocess.run([*CHECK["ext4"], path], capture_output=True, text=True, check=False)
     return {

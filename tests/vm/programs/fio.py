@@ -5,9 +5,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import subprocess
 import threading
+from collections.abc import Iterator
+from typing import Any
 
 # The rates leave some of an emulated processor to the remaps.
 COMMON = "--verify=crc32c --verify_fatal=1 --verify_backlog=64 --rw=randrw --rwmixread=40".split()
@@ -63,3 +66,21 @@ def begin(kind: str, directory: str) -> Load:
     finally:
         os.unlink(signal)
     return load
+
+
+@contextlib.contextmanager
+def loaded(directory: str) -> Iterator[list[Any]]:
+    """Run a load of each kind while the block runs, and let all in the list end with it.
+
+    The block may add others that have ``stopping`` and ``join``.
+    """
+    loads: list[Any] = []
+    try:
+        for kind in LOADS:
+            loads.append(begin(kind, directory))
+        yield loads
+    finally:
+        for load in loads:
+            load.stopping.set()
+        for load in loads:
+            load.join()

@@ -12,7 +12,7 @@ import os
 import subprocess
 from typing import Any
 
-from fio import LOADS, begin
+from fio import loaded
 from scene import answer, arguments, remap, state
 
 MOUNT = "/mnt/load"
@@ -32,17 +32,13 @@ def walk(name: str, filesystem: str, chunks: list[int]) -> dict[str, Any]:
     os.makedirs(MOUNT, exist_ok=True)
     run(["mount", path, MOUNT])
     chunk_sectors = state(name)["chunk_sectors"]
-    loads, reports, working = [], [], []
+    reports, working = [], []
     try:
-        loads += [begin(kind, MOUNT) for kind in LOADS]
-        for chunk in chunks:
-            working.append(all(load.is_alive() for load in loads))
-            reports.append(remap(name, [(chunk * chunk_sectors, 1)]))
+        with loaded(MOUNT) as loads:
+            for chunk in chunks:
+                working.append(all(load.is_alive() for load in loads))
+                reports.append(remap(name, [(chunk * chunk_sectors, 1)]))
     finally:
-        for load in loads:
-            load.stopping.set()
-        for load in loads:
-            load.join()
         run(["umount", MOUNT])
     check = subprocess.run([*CHECK[filesystem], path], capture_output=True, text=True, check=False)
     return {

@@ -22,7 +22,7 @@ from dataclasses import asdict
 from typing import Any
 
 import load
-from fio import LOADS, begin
+from fio import loaded
 from scene import (
     HASTY,
     PIECE_SECTORS,
@@ -129,20 +129,15 @@ def load_and_replace(given: dict[str, Any]) -> dict[str, Any]:
         if reached == "window_committed":
             percents.append(len(percents) + 1)
 
-    loads = []
     try:
-        loads += [begin(kind, load.MOUNT) for kind in LOADS]
-        for chunk in given["remap"]:
-            engine = Engine()
-            with engine.locked(name):
-                engine.remap(name, [(chunk * state(name)["chunk_sectors"], 1)], patience=HASTY)
-        kinds, result = change(given, given["new"], Engine(step=step))
-        working = all(item.is_alive() for item in loads)
+        with loaded(load.MOUNT) as loads:
+            for chunk in given["remap"]:
+                engine = Engine()
+                with engine.locked(name):
+                    engine.remap(name, [(chunk * state(name)["chunk_sectors"], 1)], patience=HASTY)
+            kinds, result = change(given, given["new"], Engine(step=step))
+            working = all(item.is_alive() for item in loads)
     finally:
-        for item in loads:
-            item.stopping.set()
-        for item in loads:
-            item.join()
         load.run(["umount", load.MOUNT])
     command = [*load.CHECK["ext4"], path]
     check = subprocess.run(command, capture_output=True, text=True, check=False)

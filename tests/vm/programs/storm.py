@@ -18,7 +18,7 @@ import subprocess
 import threading
 from typing import Any
 
-from fio import LOADS, begin, job
+from fio import LOADS, job, loaded
 from reports import Listener
 from scene import answer, arguments, pattern, present, problems, state
 
@@ -184,20 +184,13 @@ def wait() -> None:
 def load(given: dict[str, Any], listener: Listener) -> dict[str, Any]:
     """Start the loads, end them when told, and look at what they left."""
     path = f"/dev/mapper/{given['name']}"
-    loads: list[Any] = []
-    try:
-        loads += [begin(kind, MOUNT) for kind in LOADS]
+    with loaded(MOUNT) as loads:
         if given["database"]:
             loads.append(Bench())
             loads[-1].start()
         answer("loaded")
         wait()
         working = all(load.is_alive() for load in loads)
-    finally:
-        for one in loads:
-            one.stopping.set()
-        for one in loads:
-            one.join()
     found: dict[str, Any] = {
         "always_loaded": working,
         "runs": [one.runs for one in loads],
