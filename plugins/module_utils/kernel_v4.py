@@ -189,6 +189,10 @@ def survey(device: Readable) -> Survey:
     found: list[tuple[int, KernelMetadata]] = []
     failed: list[FailedCopy] = []
     for index, sector in enumerate(COPY_SECTORS):
+        if sector + _READ_SECTORS > device.sectors:
+            reason = f"{Diagnosis.UNREADABLE.value}: the device ends before"
+            failed.append(FailedCopy(index, sector, Diagnosis.UNREADABLE, reason))
+            continue
         try:
             data = device.read(sector, _READ_SECTORS)
             found.append((index, unpack(data)))
