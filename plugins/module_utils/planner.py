@@ -899,8 +899,10 @@ def _with_migration(request: Request, plan: Plan, main: DeviceInfo, seen: Seen) 
             device=request.migrate_from,
             remedy="give the spare of the kernel target",
         )
+    _check_distinct(main, [*(c.info for c in seen.candidates), old.info])
+    _check_free(old.info, seen.remains, "spare to be migrated from")
     choice = kernel_v4.choose(old.survey)
-    _check_old_devices(main, old.info, choice.metadata, seen)
+    _check_old_devices(main, old.info, choice.metadata)
     unit = request.migrate_unit
     if unit is not None and (unit < 1 or unit % SECTOR_BYTES):
         raise Refused(
@@ -947,11 +949,9 @@ def _with_migration(request: Request, plan: Plan, main: DeviceInfo, seen: Seen) 
 
 
 def _check_old_devices(
-    main: DeviceInfo, old: DeviceInfo, metadata: kernel_v4.KernelMetadata, seen: Seen
+    main: DeviceInfo, old: DeviceInfo, metadata: kernel_v4.KernelMetadata
 ) -> None:
-    """Refuse devices that cannot be the kernel target's main and spare, or that are in use."""
-    _check_distinct(main, [*(c.info for c in seen.candidates), old])
-    _check_free(old, seen.remains, "spare to be migrated from")
+    """Refuse devices that cannot be the kernel target's main and spare."""
     if main.sectors != metadata.main_sectors:
         raise Refused(
             f"has {main.sectors} sectors, but the main that {old.path} was a spare for had "

@@ -23,6 +23,7 @@ from dm_remap.format import minimum_spare_sectors
 from dm_remap.kernel_v4 import KernelMetadata, Remap
 from dm_remap.migration import Lost, Migration, Piece, resolve
 from dm_remap.planner import Plan, Request, plan_present
+from dm_remap.report import describe_migration
 from tests import old_spare
 from tests.old_spare import ACTIVE, PENDING, Entry, Old
 from tests.unit.fake_kernel import FILESYSTEM_MAGIC, SECTOR, Disk, Kernel, Process
@@ -409,6 +410,21 @@ def test_a_target_shows_what_the_kernel_target_did(host: Host) -> None:
     assert not host.old.cache
 
 
+def test_the_user_is_told_what_the_old_spare_is_good_for(tmp_path: Path) -> None:
+    for entries, spoiled, lost in (
+        ((Entry(9, 1300),), (), 0),
+        ((Entry(9, 1300), Entry(10, 3)), (), 1),
+        ((Entry(9, 1300), Entry(10, 3)), (1300,), 2),
+    ):
+        host = make_host(tmp_path, entries=entries)
+        host.old.spoil(spoiled)
+        plan = host.plan()
+        text = describe_migration(plan, host.engine().apply(plan))
+        assert "1 remapped sector of /dev/old" in text
+        assert text.endswith("may be wiped.")
+        assert (f" {lost} sector" in text) == bool(lost)
+
+
 @pytest.mark.parametrize("block", [1, 8])
 @pytest.mark.parametrize("spares", [1, 3])
 @pytest.mark.parametrize("on_error", ["fail", "hold"])
@@ -513,13 +529,18 @@ def test_a_bad_place_on_a_new_spare_is_passed_over(tmp_path: Path) -> None:
 
 def test_chunks_that_do_not_fit_are_refused_before_anything_is_written(tmp_path: Path) -> None:
     host = make_host(tmp_path)
-    spare = host.kernel.disks["/dev/spare0"]
-    spare.sectors = minimum_spare_sectors(CHUNK, 1)
-    geometry = planner.plan_geometry(spare.sectors, CHUNK, 1)
+    chunk, spare = 2048, host.kernel.disks["/dev/spare0"]
+    spare.sectors = minimum_spare_sectors(chunk, 1)
+    geometry = planner.plan_geometry(spare.sectors, chunk, 1)
     free = planner.pool.capacity(geometry, 0, ()).free
-    assert free < 6, "the smallest spare has little room"
-    with pytest.raises(Refused):
-        host.plan()
+    host.main.sectors = (free + 2) * chunk
+    for count in (free, free + 1):
+        entries = [Entry(number * chunk, 1300 + number) for number in range(count)]
+        old_spare.write(host.old.fill, Old(host.main.sectors, OLD_SECTORS, entries).pack())
+        if count == free:
+            assert host.plan(chunk_bytes=chunk * SECTOR).actions
+    with pytest.raises(Refused, match="free chunk"):
+        host.plan(chunk_bytes=chunk * SECTOR)
     assert not spare.content
 
 
