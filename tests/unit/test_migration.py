@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from dm_remap import migration, planner
@@ -228,6 +228,9 @@ class KernelTarget:
     ),
     st.lists(st.tuples(st.integers(0, 11), st.integers(1, 9)), max_size=30),
 )
+@example([Entry(1, 1300), Entry(2, 1300)], [(1, 1), (2, 2)])
+@example([Entry(1, 1300), Entry(1, 1301)], [(1, 1)])
+@settings(max_examples=300)
 def test_what_the_old_target_wrote_is_found_or_lost(
     entries: list[Entry], writes: list[tuple[int, int]]
 ) -> None:
