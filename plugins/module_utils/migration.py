@@ -204,12 +204,10 @@ def resolve(
             why.setdefault(other, why[sector])
     kept = {sector: place for sector, place in places.items() if sector not in why}
     if doubtful:
+        fate = "lost" if pending == AS_LOST else f"taken from {pending}"
         warnings.append(
-            f"{name}: {_entries(len(doubtful))} of the old table may never have been used; their "
-            f"sectors were taken from {pending}"
-            if pending != AS_LOST
-            else f"{name}: {_entries(len(doubtful))} of the old table may never have been used; "
-            "their sectors are lost"
+            f"{name}: {_entries(len(doubtful))} of the old table may never have been used; what is "
+            f"at their sectors is {fate}"
         )
     if why:
         warnings.append(

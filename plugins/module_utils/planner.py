@@ -632,6 +632,14 @@ def _existing(request: Request, candidates: Sequence[Candidate]) -> copies.Choic
         for candidate in candidates:
             if not candidate.survey.empty:
                 _check_not_reused(candidate)
+        if len(_unreached(choice, candidates)) < len(choice.missing):
+            # Another spare might say that the migration has ended, and what is here is in use.
+            raise Refused(
+                "is one of several spares of a target whose migration has not ended as far as is "
+                "known here, and not all of them are given",
+                device=", ".join(marked),
+                remedy=f"give all of them, or {_to_erase(choice.metadata)}",
+            )
         return choice
     unreached = [c.info.path for _uuid, c in _unreached(choice, candidates)]
     unmarked = [c.info.path for c in candidates if c.survey.empty]

@@ -735,6 +735,25 @@ def test_without_the_old_spare_an_unfinished_migration_is_not_activated(host: Ho
     assert OWN_SIGNATURE in Process(host.kernel).blocks.signatures("/dev/spare0")
 
 
+def test_a_spare_alone_is_not_proof_that_a_migration_has_not_ended(tmp_path: Path) -> None:
+    """A spare that missed the last generation would have its data in use erased."""
+    host = make_host(tmp_path, spares=2)
+    behind: list[Disk] = []
+
+    def remember(name: str) -> None:
+        if name == "migrate_chunks":
+            behind.append(host.kernel.disks["/dev/spare1"].clone())
+
+    host.create(host.engine(step=remember))
+    host.kernel.cut_power([])
+    host.kernel.disks["/dev/spare1"] = behind[0]
+    other = host.kernel.add_disk("other", behind[0].sectors)
+    for spares in (("/dev/spare1",), ("/dev/spare1", other.path)):
+        refused(host, "not all of them are given", spares=spares)
+    host.create()
+    host.check()
+
+
 def test_one_call_that_fails_anywhere_in_a_migration(tmp_path: Path) -> None:
     calls: list[str] = []
     counted = make_host(tmp_path, spares=2)
