@@ -18,6 +18,7 @@ import subprocess
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 
+from . import kernel_v4
 from .errors import DmRemapError
 
 SECTOR_BYTES = 512
@@ -33,8 +34,6 @@ _IOPRIO_WHO_PROCESS, _IOPRIO_CLASS_IDLE = 1, 3
 
 _BUFFER_BYTES = 1 << 20
 
-# The out-of-tree kernel target dm-remap-v4 starts each copy with this little-endian word.
-_KERNEL_TARGET_MAGIC = b"4RMD"
 OWN_MAGIC = b"DMREMAP4"
 OWN_SIGNATURE = "dm_remap.storage spare"
 
@@ -316,10 +315,10 @@ def signatures(path: str) -> list[str]:
                 device=path,
                 remedy="use another device",
             ) from error
-    if start.startswith(OWN_MAGIC):
-        found.append(OWN_SIGNATURE)
-    if start.startswith(_KERNEL_TARGET_MAGIC):
-        found.append("kernel dm-remap-v4 spare")
+        if start.startswith(OWN_MAGIC):
+            found.append(OWN_SIGNATURE)
+        elif _kernel_target_copies(device):
+            found.append(kernel_v4.SIGNATURE)
     result = subprocess.run(
         ["wipefs", "--json", "--", path],
         capture_output=True,
@@ -358,10 +357,21 @@ def erase_signatures(path: str) -> None:
         )
     with BlockDevice(path, writable=True) as device:
         # wipefs does not know the kernel target's spares, so its own magic is cleared here.
-        if device.read(0, 8).startswith(_KERNEL_TARGET_MAGIC):
-            for sector in (0, 256, 512, 768, 1024):
-                device.write(sector, bytes(8 * SECTOR_BYTES))
+        copies = _kernel_target_copies(device)
+        for sector in copies:
+            device.write(sector, bytes(8 * SECTOR_BYTES))
+        if copies:
             device.flush()
+
+
+def _kernel_target_copies(device: BlockDevice) -> list[int]:
+    """Sectors where a dm-remap-v4 spare has a copy; that target writes data over the first ones."""
+    found = []
+    for sector in kernel_v4.COPY_SECTORS:
+        with contextlib.suppress(OSError):
+            if device.read(sector, 8).startswith(kernel_v4.MAGIC):
+                found.append(sector)
+    return found
 
 
 def _sysfs(devno: str) -> str:

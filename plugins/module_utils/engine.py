@@ -26,7 +26,9 @@ from . import (
     copies,
     extents,
     files,
+    kernel_v4,
     mapping,
+    migration,
     planner,
     replacement,
     replacing,
@@ -50,7 +52,10 @@ from .planner import (
     ActiveSpare,
     ActiveTarget,
     Candidate,
+    Holder,
     LostSpare,
+    NewTarget,
+    OldSpare,
     Plan,
     Request,
     Seen,
@@ -717,8 +722,18 @@ class Engine:
             )
         return target
 
-    def see(self, name: str, main: str | None, spares: Sequence[str]) -> Seen:
-        """Observe what a request is about. Devices that do not exist are refused."""
+    def see(
+        self,
+        name: str,
+        main: str | None,
+        spares: Sequence[str],
+        migrate_from: str | None = None,
+    ) -> Seen:
+        """Observe what a request is about.
+
+        Devices that do not exist are refused, but for ``migrate_from``: once the target is
+        migrated, the old spare is not needed any more.
+        """
         target = self.observe(name)
         remains = () if target else tuple(self._remains(name))
         wanted = self._blocks.describe(main) if main else None
@@ -741,7 +756,15 @@ class Engine:
             healer=self.healer_runs(),
             new_main=new_main,
             others=() if target else tuple(self._other_mains(candidates)),
+            old_spare=self._old_spare(migrate_from) if migrate_from is not None else None,
         )
+
+    def _old_spare(self, path: str) -> OldSpare | None:
+        with contextlib.suppress(DmRemapError):
+            info = self._blocks.describe(path)
+            with self._blocks.BlockDevice(path) as device:
+                return OldSpare(info, kernel_v4.survey(device))
+        return None
 
     def see_spare(self, name: str, device: str, replaces: str | None, add: bool) -> SpareSeen:
         """Observe what a change of an active target's spares is about.
@@ -1048,9 +1071,13 @@ class Engine:
 
     def _do_commit_metadata(self, plan: Plan, action: planner.Action) -> None:
         draft = replace(_metadata_of(plan), timestamp_ns=time.time_ns(), host_id=host_id())
+        self._commit_new(plan, None, draft)
+
+    def _commit_new(self, plan: Plan, current: Metadata | None, draft: Metadata) -> None:
+        """Commit a generation of a target that is being made, to all spares or not at all."""
         with contextlib.ExitStack() as stack:
             done = copies.commit(
-                self._open_members(stack, plan.spares), None, draft, step=self._step
+                self._open_members(stack, plan.spares), current, draft, step=self._step
             )
         for index, rewrite in done.items():
             if rewrite.left_out:
@@ -1061,14 +1088,121 @@ class Engine:
                 )
         self.backup(draft)
 
-    def _do_repair_metadata(self, plan: Plan, action: planner.Action) -> None:
+    def _do_migrate_chunks(self, plan: Plan, action: planner.Action) -> list[RemappedChunk]:
+        """Copy what the old spare stands in for to the new ones, then commit that as generation 1.
+
+        Nothing uses the target yet. Each batch is on its spares for good before the commit.
+        """
+        taken, old, main = _migration_of(plan)
+        draft = replace(_metadata_of(plan), timestamp_ns=time.time_ns(), host_id=host_id())
+        chunks = taken.chunks(draft.config["chunk_sectors"])
+        done: list[RemappedChunk] = []
+        with contextlib.ExitStack() as opened:
+            source = opened.enter_context(self._blocks.BlockDevice(old.path))
+            disks = Disks(
+                main=opened.enter_context(self._blocks.BlockDevice(main.path)),
+                spares={
+                    index: opened.enter_context(
+                        self._blocks.BlockDevice(self._node_of_spare(plan, index), writable=True)
+                    )
+                    for index in plan.spares
+                },
+                members=self._open_members(opened, plan.spares),
+            )
+            for first in range(0, len(chunks), planner.DRAIN_CHUNKS):
+                batch = chunks[first : first + planner.DRAIN_CHUNKS]
+                works = self._gather(plan, batch, disks.old_main, source)
+                holder = NewTarget(plan.name, draft, plan.spares)
+                self._write_chunks(works, holder, draft, disks, TO_SPARES)
+                self._step("data_flushed")
+                moves = {work.chunk: work.place for work in works}
+                lost = [item for work in works for item in work.lost]
+                draft = planner.with_moves(draft, moves, lost)
+                done += [_report(work, "") for work in works]
+                self._progress(f"{len(done)} of {len(chunks)} chunks are migrated")
+        self._commit_new(plan, None, draft)
+        return done
+
+    def _node_of_spare(self, plan: Plan, index: int) -> str:
+        devno = self._existing(stack.spare_name(plan.name, index)).devno
+        return self._blocks.node_of(devno)
+
+    def _gather(
+        self, plan: Plan, chunks: Sequence[int], main: OpenDevice, source: OpenDevice
+    ) -> list[_Work]:
+        """Read chunks from main and from the old spare, each sector from where it is."""
+        (taken, old, main_info), metadata = _migration_of(plan), _metadata_of(plan)
+        block, patience = metadata.config["block_sectors"], Patience()
+        parts: list[tuple[int, migration.Piece, Salvage]] = []
+        for chunk in chunks:
+            place = planner.where(metadata, chunk)
+            for piece in taken.pieces(place["start"], place["count"]):
+                if not piece.lost:
+                    device, sector = main, piece.sector
+                    if piece.source is not None:
+                        device, sector = source, piece.source
+                    part = salvage(device, sector, piece.count, block, patience)
+                    parts.append((chunk, piece, part))
+            self._step("salvaged")
+        of_main = [part for _chunk, piece, part in parts if piece.source is None]
+        of_spare = [part for _chunk, piece, part in parts if piece.source is not None]
+        _confirm_losses(
+            [
+                _Source(main, main_info.path, (0,), of_main),
+                _Source(source, old.path, (0,), of_spare),
+            ]
+        )
+        works = {chunk: _empty_work(metadata, taken, chunk) for chunk in chunks}
+        for chunk, piece, part in parts:
+            offset = (piece.sector - works[chunk].start) // block
+            for outcome in (Outcome.FIRST_READ, Outcome.RETRY):
+                for first, count in part.runs(outcome):
+                    data = part.blocks(first, count)
+                    works[chunk].salvage.keep(offset + first, data, outcome)
+        return list(works.values())
+
+    def _do_verify_migration(self, plan: Plan, action: planner.Action) -> None:
+        """Read all that was migrated through the target's own map, before anybody can write to it.
+
+        Raises:
+            DmRemapError: a sector is not as where it came from; the target is not activated.
+        """
+        taken, old, main = _migration_of(plan)
+        metadata = self._chosen(plan).metadata
+        spares = {
+            index: self._existing(stack.spare_name(plan.name, index)).devno for index in plan.spares
+        }
+        part = stack.map_name(plan.name)
+        table = planner.map_table(metadata, main.devno, spares)
+        devno = self._create_part(metadata, plan.name, part, table)
+        try:
+            with contextlib.ExitStack() as opened:
+                made, first, second = (
+                    opened.enter_context(self._blocks.BlockDevice(path))
+                    for path in (self._blocks.node_of(devno), main.path, old.path)
+                )
+                for chunk in taken.chunks(metadata.config["chunk_sectors"]):
+                    place = planner.where(metadata, chunk)
+                    for piece in taken.pieces(place["start"], place["count"]):
+                        source = first if piece.source is None else second
+                        _compare(piece, metadata, made, source)
+        finally:
+            self._mapper.remove(part)
+        config = migration.verified(metadata.config)
+        self._commit_new(plan, metadata, replace(self.successor(metadata), config=config))
+
+    def _chosen(self, plan: Plan) -> copies.Choice:
+        """The metadata that the plan's spares have now."""
         surveys = {}
         for info in plan.spares.values():
             with self._blocks.BlockDevice(info.path) as device:
                 surveys[info.path] = copies.survey(device)
+        return copies.choose(surveys)
+
+    def _do_repair_metadata(self, plan: Plan, action: planner.Action) -> None:
         index = _index_of(plan, action.device)
         spare_uuid = spare_uuid_of(_metadata_of(plan), index)
-        choice = copies.choose(surveys)
+        choice = self._chosen(plan)
         others = [
             path for path in choice.spares.values() if path not in (*choice.stale, action.device)
         ]
@@ -1090,6 +1224,10 @@ class Engine:
         if plan.main is None:
             raise AssertionError("a plan that creates a target has a main")
         name, metadata, main = plan.name, _metadata_of(plan), plan.main
+        if plan.migration:
+            metadata = self._chosen(plan).metadata
+        if migration.unfinished(metadata):
+            raise AssertionError("a target is not activated before its migration is verified")
         spares = {
             index: self._existing(stack.spare_name(name, index)).devno for index in plan.spares
         }
@@ -1845,7 +1983,7 @@ class Engine:
         for chunk in chunks:
             works.append(self._salvage_chunk(target, chunk, lost, disks, patience, route))
             self._step("salvaged")
-        _confirm_losses(target, disks, works, route)
+        _confirm_losses(_sources(target, disks, works, route))
         works = [work for work in works if wanted(work.chunk, work.salvage)]
         stay: dict[int, str] = {}
         if route.to_main:
@@ -2012,7 +2150,7 @@ class Engine:
     def _write_chunks(
         self,
         works: Sequence[_Work],
-        target: ActiveTarget,
+        target: Holder,
         metadata: Metadata,
         disks: Disks,
         route: Route,
@@ -2078,7 +2216,7 @@ class Engine:
         self,
         works: Sequence[_Work],
         taken: Sequence[Extent],
-        target: ActiveTarget,
+        target: Holder,
         usable: Mapping[int, Geometry],
         shunned: Sequence[tuple[int, int]],
         faults: Mapping[int, OSError],
@@ -2088,20 +2226,18 @@ class Engine:
             chunks = [work.chunk for work in works]
             placed = planner.choose_places(target.metadata, chunks, usable, taken, shunned, prefer)
         except Refused as error:
-            for spare in target.spares:
-                if spare.index in faults:
+            for index, info in target.spare_infos.items():
+                if index in faults:
                     raise DmRemapError(
-                        f"cannot be written: {faults[spare.index]}",
-                        device=spare.candidate.info.path,
+                        f"cannot be written: {faults[index]}",
+                        device=info.path,
                         remedy="nothing was changed; copy the data to another disk",
                     ) from error
             raise
         for work, extent in zip(works, placed):
             work.place = extent
 
-    def _write_chunk(
-        self, work: _Work, target: ActiveTarget, disks: Disks, geometry: Geometry
-    ) -> bool:
+    def _write_chunk(self, work: _Work, target: Holder, disks: Disks, geometry: Geometry) -> bool:
         """Write what was read of a chunk; whether its lost blocks read as errors then."""
         index, metadata = work.extent.spare, target.metadata
         _write_readable(work, disks.spares[index], metadata)
@@ -2263,7 +2399,7 @@ def host_id() -> uuid.UUID:
 
 def request_seen(engine: Engine, request: Request) -> Seen:
     """Observe what ``request`` names."""
-    return engine.see(request.name, request.main, request.spares)
+    return engine.see(request.name, request.main, request.spares, request.migrate_from)
 
 
 def _dm_uuid(metadata: Metadata) -> str:
@@ -2312,6 +2448,64 @@ def _onto(segment: Segment, device: str, below: str) -> Segment:
         if used == device:
             return replace(segment, params=f"{below} {offset}")
     return segment
+
+
+def _migration_of(plan: Plan) -> tuple[migration.Migration, DeviceInfo, DeviceInfo]:
+    """What a new target takes from a kernel target, that one's spare, and main."""
+    if plan.migration is None or plan.old_spare is None or plan.main is None:
+        raise AssertionError("only plans with a migration have such actions")
+    return plan.migration, plan.old_spare, plan.main
+
+
+def _empty_work(metadata: Metadata, taken: migration.Migration, chunk: int) -> _Work:
+    """A chunk of a new target before anything of it was read, all of it lost so far."""
+    place = planner.where(metadata, chunk)
+    start, length = place["start"], place["count"]
+    everything = begin(
+        start, length, metadata.config["block_sectors"], [(start, length)], Patience()
+    )
+    known = [(p.sector, p.count) for p in taken.pieces(start, length) if p.lost]
+    return _Work(chunk, start, length, everything, known=known)
+
+
+def _compare(
+    piece: migration.Piece, metadata: Metadata, made: OpenDevice, source: OpenDevice
+) -> None:
+    """Check that a piece of a new target reads as where it came from, and fails where it is lost.
+
+    What could be read at the first or a later try only, and cannot be now, was compared with what
+    was read then when it was written.
+
+    Raises:
+        DmRemapError: it does not.
+    """
+    block = metadata.config["block_sectors"]
+    lost = [(item.sector, item.count) for item in metadata.lost]
+    for sector in range(piece.sector, piece.sector + piece.count, block):
+        found = _read_or_none(made, sector, block)
+        if intersect_ranges(lost, (sector, block)):
+            fine = found is None
+        else:
+            begun = piece.sector if piece.source is None else piece.source
+            expected = _read_or_none(source, begun + sector - piece.sector, block)
+            fine = found is not None and expected in (None, found) and not piece.lost
+        if not fine:
+            raise DmRemapError(
+                f"sectors {sector}+{block} of the new target are not as on {source.name}, so it is "
+                "not activated",
+                device=made.name,
+                remedy="main and the old spare are as they were; check the new spares and run this "
+                "again",
+            )
+
+
+def _read_or_none(device: OpenDevice, sector: int, count: int) -> bytes | None:
+    try:
+        return device.read(sector, count)
+    except OSError as error:
+        if error.errno in MEDIUM_ERRORS:
+            return None
+        raise
 
 
 def _spare_sector(work: _Work, metadata: Metadata) -> int:
@@ -2380,29 +2574,30 @@ def _reads(device: OpenDevice, sector: int, count: int) -> bool:
     return True
 
 
-def _confirm_losses(
-    target: ActiveTarget, disks: Disks, works: Sequence[_Work], route: Route
-) -> None:
+def _confirm_losses(sources: Sequence[_Source]) -> None:
     """Believe in losses only on a disk that answers before and after one more read of each.
 
     A disk or path that went away for a while fails reads like bad blocks do. What is known to be
     lost is read here once: it may have been written since.
     """
-    for source in _sources(target, disks, works, route):
-        _check_alive(target, source)
-        for work in source.works:
-            work.salvage.read_again(source.device)
-        _check_alive(target, source)
+    for source in sources:
+        _check_alive(source)
+        for part in source.parts:
+            part.read_again(source.device)
+        _check_alive(source)
 
 
 @dataclass(frozen=True)
 class _Source:
-    """A device that chunks come from: its path, and the errors that do not speak against it."""
+    """A device that chunks come from: its path, and the errors that do not speak against it.
+
+    ``parts`` are what was read of it.
+    """
 
     device: OpenDevice
     path: str
     fine: tuple[int, ...]
-    works: list[_Work]
+    parts: list[Salvage]
 
 
 def _sources(
@@ -2423,13 +2618,13 @@ def _sources(
             device, fine = disks.main_of(target.metadata, work.chunk), (0,)
             info = target.replacement if device is disks.new_main else target.main
             path = info.path if info else target.name
-        found.setdefault(path, _Source(device, path, fine, [])).works.append(work)
+        found.setdefault(path, _Source(device, path, fine, [])).parts.append(work.salvage)
     return list(found.values())
 
 
-def _check_alive(target: ActiveTarget, source: _Source) -> None:
-    lost = [item for work in source.works for item in work.salvage.lost]
-    block = target.metadata.config["block_sectors"]
+def _check_alive(source: _Source) -> None:
+    lost = [item for part in source.parts for item in part.lost]
+    block = source.parts[0].block_sectors if source.parts else 1
     if lost and not answers(source.device, lost, block, source.fine):
         raise DmRemapError(
             "reads fail everywhere, so it is the disk or its path and not a bad sector",

@@ -6,11 +6,11 @@
 from __future__ import annotations
 
 import uuid
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any
+from typing import Any, Protocol
 
-from . import copies, extents, pool, replacement
+from . import copies, extents, kernel_v4, migration, pool, replacement
 from .blockdev import OWN_SIGNATURE, DeviceInfo
 from .devmapper import MappedDevice, Segment, check_name
 from .errors import DmRemapError, Refused, StaleGeneration, count_of
@@ -27,6 +27,7 @@ from .format import (
     plan_geometry,
 )
 from .mapping import build_table, describe_table
+from .migration import Migration
 from .stack import CARRIER_SECTORS, PathState, part_names, spare_name, spare_part_names
 
 SECTOR_BYTES = 512
@@ -227,6 +228,31 @@ class ActiveTarget:
         )
 
 
+class Holder(Protocol):
+    """What holds chunks: an active target, or one that is being made."""
+
+    @property
+    def name(self) -> str:
+        """Its name."""
+
+    @property
+    def metadata(self) -> Metadata:
+        """Its metadata before the chunks are put there."""
+
+    @property
+    def spare_infos(self) -> Mapping[int, DeviceInfo]:
+        """The spares that can be used, by index."""
+
+
+@dataclass(frozen=True)
+class NewTarget:
+    """A target that is being made, with no device yet."""
+
+    name: str
+    metadata: Metadata
+    spare_infos: Mapping[int, DeviceInfo]
+
+
 def map_table(
     metadata: Metadata,
     main: str,
@@ -281,6 +307,11 @@ class Request:
         allocation: one of `pool.POLICIES`; None takes the default, or what the target has.
         warn: percent of used chunks from which on is warned; None likewise.
         critical: percent from which on the warning is critical; None likewise.
+        migrate_from: path of a dm-remap-v4 spare whose remapped sectors a new target gets; None
+            for none.
+        migrate_pending: what to do with its remaps that may never have been used, one of
+            `migration.PENDING_CHOICES`; None refuses them.
+        migrate_unit: bytes that each of its remaps stands for; None takes a logical block.
     """
 
     name: str
@@ -294,6 +325,17 @@ class Request:
     allocation: str | None = None
     warn: int | None = None
     critical: int | None = None
+    migrate_from: str | None = None
+    migrate_pending: str | None = None
+    migrate_unit: int | None = None
+
+
+@dataclass(frozen=True)
+class OldSpare:
+    """The spare of a kernel target: who it is, and the metadata on it."""
+
+    info: DeviceInfo
+    survey: kernel_v4.Survey
 
 
 @dataclass(frozen=True)
@@ -309,6 +351,7 @@ class Seen:
         healer: whether the daemon that heals held I/O runs on the host.
         new_main: what is on the device that is to be main where another one is it now.
         others: devices one of which may be the other main of a replacement under way.
+        old_spare: the kernel target's spare that the target is to be migrated from, if it is there.
     """
 
     target: ActiveTarget | None
@@ -319,6 +362,7 @@ class Seen:
     healer: bool = True
     new_main: Candidate | None = None
     others: tuple[DeviceInfo, ...] = ()
+    old_spare: OldSpare | None = None
 
 
 @dataclass(frozen=True)
@@ -338,6 +382,8 @@ class Plan:
             new.
         warnings: what the user should know, but nothing is refused for.
         replacement: the device that is to replace main.
+        migration: what a new target takes from a kernel target's spare.
+        old_spare: that spare.
     """
 
     name: str
@@ -351,6 +397,8 @@ class Plan:
     final: Metadata | None = None
     warnings: tuple[str, ...] = ()
     replacement: DeviceInfo | None = None
+    migration: Migration | None = None
+    old_spare: DeviceInfo | None = None
 
     @property
     def changes(self) -> bool:
@@ -371,18 +419,25 @@ def plan_present(
         Refused: what is wanted cannot be had safely; nothing was written.
     """
     _check_request(request)
+    _check_old_spare(request, seen)
     if seen.target:
+        _check_migrated(request, seen.target.metadata)
         return _plan_active(request, seen.target, seen, new_uuid)
     main = _present(seen.main, request.main)
     _check_names(seen)
-    _check_distinct(main, seen.candidates)
+    _check_distinct(main, [c.info for c in seen.candidates])
     _check_unused(main, seen.remains, "main")
     for candidate in seen.candidates:
         _check_unused(candidate.info, seen.remains, "spare")
     choice = _existing(request, seen.candidates)
-    if choice:
-        return _plan_activation(request, main, seen, choice)
-    return _plan_creation(request, main, seen, new_uuid)
+    if choice is None:
+        return _plan_creation(request, main, seen, new_uuid)
+    _check_migrated(request, choice.metadata)
+    if migration.unfinished(choice.metadata):
+        # It was never active, so all that is on its spares is still where it came from.
+        begun = frozenset(c.info.path for c in seen.candidates if not c.survey.empty)
+        return _plan_creation(request, main, seen, new_uuid, begun)
+    return _plan_activation(request, main, seen, choice)
 
 
 def _check_request(request: Request) -> None:
@@ -487,10 +542,10 @@ def _check_names(seen: Seen) -> None:
         )
 
 
-def _check_distinct(main: DeviceInfo, spares: Sequence[Candidate]) -> None:
+def _check_distinct(main: DeviceInfo, spares: Iterable[DeviceInfo]) -> None:
     seen: dict[str, str] = {}
-    for candidate in spares:
-        info = candidate.info
+    spares = list(spares)
+    for info in spares:
         if info.devno == main.devno:
             raise Refused("is the main itself", device=info.path, remedy="give another device")
         if info.disk == main.devno or main.disk == info.devno:
@@ -512,15 +567,15 @@ def _check_distinct(main: DeviceInfo, spares: Sequence[Candidate]) -> None:
                 remedy="give each spare once",
             )
         for other in spares:
-            if other is not candidate and other.info.disk == info.devno != other.info.devno:
+            if other is not info and other.disk == info.devno != other.devno:
                 raise Refused(
-                    f"contains the spare {other.info.path}",
+                    f"contains the spare {other.path}",
                     device=info.path,
                     remedy="give either the disk or its partition",
                 )
-            if info.wwn and other.info.wwn == info.wwn and other.info.disk != info.disk:
+            if info.wwn and other.wwn == info.wwn and other.disk != info.disk:
                 raise Refused(
-                    f"has the WWN {info.wwn} of {other.info.path}, so both are paths to one disk",
+                    f"has the WWN {info.wwn} of {other.path}, so both are paths to one disk",
                     device=info.path,
                     remedy="give each disk once, and use multipath for disks with several paths",
                 )
@@ -528,6 +583,12 @@ def _check_distinct(main: DeviceInfo, spares: Sequence[Candidate]) -> None:
 
 
 def _check_unused(info: DeviceInfo, remains: Sequence[str], role: str) -> None:
+    _check_free(info, remains, role)
+    if info.read_only:
+        raise Refused("is read-only", device=info.path, remedy=f"give a writable {role}")
+
+
+def _check_free(info: DeviceInfo, remains: Sequence[str], role: str) -> None:
     # What our own interrupted command left is removed first, so it is no use of the device.
     uses = [use for use in info.used_by if use.by not in remains]
     if uses:
@@ -536,8 +597,6 @@ def _check_unused(info: DeviceInfo, remains: Sequence[str], role: str) -> None:
             device=info.path,
             remedy="unmount or release it first",
         )
-    if info.read_only:
-        raise Refused("is read-only", device=info.path, remedy=f"give a writable {role}")
 
 
 def _existing(request: Request, candidates: Sequence[Candidate]) -> copies.Choice | None:
@@ -569,6 +628,19 @@ def _existing(request: Request, candidates: Sequence[Candidate]) -> copies.Choic
             device=", ".join(marked),
             remedy=f"give that name, or {_to_erase(choice.metadata)}",
         )
+    if migration.unfinished(choice.metadata):
+        for candidate in candidates:
+            if not candidate.survey.empty:
+                _check_not_reused(candidate)
+        if len(_unreached(choice, candidates)) < len(choice.missing):
+            # Another spare might say that the migration has ended, and what is here is in use.
+            raise Refused(
+                "is one of several spares of a target whose migration has not ended as far as is "
+                "known here, and not all of them are given",
+                device=", ".join(marked),
+                remedy=f"give all of them, or {_to_erase(choice.metadata)}",
+            )
+        return choice
     unreached = [c.info.path for _uuid, c in _unreached(choice, candidates)]
     unmarked = [c.info.path for c in candidates if c.survey.empty]
     if set(unmarked) - set(unreached):
@@ -580,6 +652,43 @@ def _existing(request: Request, candidates: Sequence[Candidate]) -> copies.Choic
     for candidate in candidates:
         _check_not_reused(candidate)
     return choice
+
+
+def _check_old_spare(request: Request, seen: Seen) -> None:
+    """Refuse what contradicts itself about the spare that the target is to be migrated from."""
+    if request.migrate_from is None:
+        if request.migrate_pending is not None or request.migrate_unit is not None:
+            raise Refused(
+                "says how to migrate, but not from where",
+                device=request.name,
+                remedy="give migrate_from, or leave out migrate_pending and migrate_unit",
+            )
+        return
+    old = seen.old_spare
+    if old and any(c.info.devno == old.info.devno for c in seen.candidates):
+        raise Refused(
+            "is the spare to be migrated from, which stays as it is, and a new spare at once",
+            device=old.info.path,
+            remedy="give other devices as spares; once the target is migrated, leave out "
+            "migrate_from",
+        )
+
+
+def _check_migrated(request: Request, metadata: Metadata) -> None:
+    """Refuse to leave out a migration that was asked for or begun."""
+    if request.migrate_from is None and migration.unfinished(metadata):
+        raise Refused(
+            "was being migrated from a dm-remap-v4 spare, and that has not ended",
+            device=request.name,
+            remedy="give migrate_from again, or wipe: true with discard_remaps: true to begin "
+            "without it",
+        )
+    if request.migrate_from is not None and "migration" not in metadata.config:
+        raise Refused(
+            "exists already and was not migrated, so nothing of the old spare can be put into it",
+            device=request.name,
+            remedy="leave out migrate_from, or remove the target and begin anew",
+        )
 
 
 def _only_there(metadata: Metadata) -> str:
@@ -703,8 +812,16 @@ def _mains_of(
 
 
 def _plan_creation(
-    request: Request, main: DeviceInfo, seen: Seen, new_uuid: Callable[[], uuid.UUID]
+    request: Request,
+    main: DeviceInfo,
+    seen: Seen,
+    new_uuid: Callable[[], uuid.UUID],
+    begun: frozenset[str] = frozenset(),
 ) -> Plan:
+    """Plan a new target.
+
+    ``begun`` are the paths of spares with metadata of an earlier try, which may be erased.
+    """
     chunk_bytes = request.chunk_bytes or DEFAULT_CHUNK_BYTES
     if main.sectors < chunk_bytes // SECTOR_BYTES:
         raise Refused(
@@ -718,7 +835,8 @@ def _plan_creation(
     actions = [Action("remove_remains", name) for name in seen.remains]
     for index, candidate in enumerate(seen.candidates):
         info = candidate.info
-        geometry = _check_spare(candidate, main, chunk_bytes, request.wipe)
+        wipe = request.wipe or info.path in begun
+        geometry = _check_spare(candidate, main, chunk_bytes, wipe)
         content = list(candidate.signatures)
         if content or not candidate.survey.empty:
             actions.append(Action("wipe_spare", info.path, {"content": content}))
@@ -754,20 +872,115 @@ def _plan_creation(
         lost=(),
     )
     actions += _activations(request.name, spares)
-    actions.append(Action("commit_metadata", request.name, {"generation": 1}))
-    actions.append(_creation(request.name, main))
-    shared = [i.path for i in spares.values() if i.disk == main.disk]
-    warnings = [f"{path} is on the same disk as the main and fails with it" for path in shared]
-    return Plan(
+    plan = Plan(
         name=request.name,
         actions=tuple(actions),
         before=_nothing(),
-        after=_state(metadata, spares),
         metadata=metadata,
         main=main,
         spares=spares,
-        warnings=tuple(warnings),
     )
+    if request.migrate_from is not None:
+        plan = _with_migration(request, plan, main, seen)
+    else:
+        commit = Action("commit_metadata", request.name, {"generation": 1})
+        plan = replace(plan, actions=(*actions, commit), after=_state(metadata, spares))
+    shared = [i.path for i in spares.values() if i.disk == main.disk]
+    warnings = [f"{path} is on the same disk as the main and fails with it" for path in shared]
+    return replace(
+        plan,
+        actions=(*plan.actions, _creation(request.name, main)),
+        warnings=(*warnings, *plan.warnings),
+    )
+
+
+def _with_migration(request: Request, plan: Plan, main: DeviceInfo, seen: Seen) -> Plan:
+    """The plan of a new target that gets what a kernel target has remapped.
+
+    Its first generation has all of that already. It becomes active only after another one, which
+    says that all was compared.
+    """
+    old = seen.old_spare
+    if old is None or plan.metadata is None:
+        raise Refused(
+            "no such device",
+            device=request.migrate_from,
+            remedy="give the spare of the kernel target",
+        )
+    _check_distinct(main, [*(c.info for c in seen.candidates), old.info])
+    _check_free(old.info, seen.remains, "spare to be migrated from")
+    choice = kernel_v4.choose(old.survey)
+    _check_old_devices(main, old.info, choice.metadata)
+    unit = request.migrate_unit
+    if unit is not None and (unit < 1 or unit % SECTOR_BYTES):
+        raise Refused(
+            f"migrate_unit cannot be {unit} bytes",
+            device=request.name,
+            remedy="give a multiple of the main's logical block size",
+        )
+    taken = migration.resolve(
+        choice.metadata,
+        old.info.path,
+        main.block_sectors,
+        unit and unit // SECTOR_BYTES,
+        request.migrate_pending,
+    )
+    metadata = replace(plan.metadata, config=migration.begun(plan.metadata.config, choice.metadata))
+    chunks = taken.chunks(metadata.config["chunk_sectors"])
+    geometries = {index: geometry_of(metadata, index) for index in plan.spares}
+    placed = choose_places(metadata, chunks, geometries, ())
+    lost = [(item.sector, item.count) for item in taken.lost]
+    moves: dict[int, Extent | None] = {extent.logical: extent for extent in placed}
+    after = with_moves(
+        replace(metadata, generation=2, config=migration.verified(metadata.config)), moves, lost
+    )
+    details = {
+        "remaps": len(choice.metadata.remaps),
+        "sectors": len(taken.places),
+        "chunks": len(chunks),
+        "lost": [asdict(item) for item in taken.lost],
+        "generation": 1,
+    }
+    return replace(
+        plan,
+        actions=(
+            *plan.actions,
+            Action("migrate_chunks", old.info.path, details),
+            Action("verify_migration", old.info.path, {"generation": 2}),
+        ),
+        after=_state(after, plan.spares),
+        metadata=metadata,
+        warnings=choice.warnings + taken.warnings + pool_warnings(after, geometries),
+        migration=taken,
+        old_spare=old.info,
+    )
+
+
+def _check_old_devices(
+    main: DeviceInfo, old: DeviceInfo, metadata: kernel_v4.KernelMetadata
+) -> None:
+    """Refuse devices that cannot be the kernel target's main and spare."""
+    if main.sectors != metadata.main_sectors:
+        raise Refused(
+            f"has {main.sectors} sectors, but the main that {old.path} was a spare for had "
+            f"{metadata.main_sectors}",
+            device=main.path,
+            remedy="give the kernel target's own main",
+        )
+    if old.sectors != metadata.spare_sectors:
+        raise Refused(
+            f"has {old.sectors} sectors, but its metadata is of a spare with "
+            f"{metadata.spare_sectors}",
+            device=old.path,
+            remedy="give the kernel target's own spare, not a copy on another device",
+        )
+    if old.logical_block != main.logical_block:
+        raise Refused(
+            f"has logical blocks of {old.logical_block} bytes, but {main.path} of "
+            f"{main.logical_block}",
+            device=old.path,
+            remedy="attach both as they were attached under the kernel target",
+        )
 
 
 def _check_spare(candidate: Candidate, main: DeviceInfo, chunk_bytes: int, wipe: bool) -> Geometry:
@@ -846,7 +1059,7 @@ def _plan_active(
 ) -> Plan:
     main = _present(seen.main, request.main)
     _check_unchangeable(request, target.metadata)
-    _check_distinct(main, seen.candidates)
+    _check_distinct(main, [c.info for c in seen.candidates])
     known = {spare_index(target, c.info.path, c.info.devno) for c in seen.candidates}
     if replacement.under_way(target.metadata):
         # A lost spare cannot be named nor removed then, and the replacement must be able to go on.
@@ -1420,9 +1633,9 @@ def _check_whole_blocks(name: str, ranges: Sequence[tuple[int, int]], block_sect
             )
 
 
-def usable_geometries(target: ActiveTarget) -> dict[int, Geometry]:
-    """Geometries of the target's active spares, by index."""
-    return {spare.index: geometry_of(target.metadata, spare.index) for spare in target.spares}
+def usable_geometries(target: Holder) -> dict[int, Geometry]:
+    """Geometries of the target's spares that can be used, by index."""
+    return {index: geometry_of(target.metadata, index) for index in target.spare_infos}
 
 
 def _check_not_replacing(target: ActiveTarget, consequence: str) -> None:
@@ -1803,7 +2016,8 @@ def _check_addition(
             remedy="activate it again with the target module first",
         )
     for one in filter(None, (main, target.replacement)):
-        _check_distinct(one, [*(spare.candidate for spare in target.spares), *change.added])
+        members = [*(spare.candidate for spare in target.spares), *change.added]
+        _check_distinct(one, [member.info for member in members])
     strays = {
         part
         for stray in target.strays

@@ -263,3 +263,27 @@ def _configuration_text(state: Any) -> str:
 
 def _lines(table: list[str]) -> str:
     return "".join(line + "\n" for line in table)
+
+
+def describe_migration(plan: Plan, chunks: Iterable[RemappedChunk]) -> str:
+    """What became of a kernel target's data, in a sentence or two.
+
+    Args:
+        plan: the plan that was carried out.
+        chunks: what became of the chunks.
+    """
+    if plan.migration is None or plan.old_spare is None:
+        raise AssertionError("only for plans with a migration")
+    unread = sum(count for chunk in chunks for _start, count in chunk.lost)
+    lost = unread + sum(item.count for item in plan.migration.lost)
+    text = (
+        f"{count_of(len(plan.migration.places), 'remapped sector')} of {plan.old_spare.path} were "
+        "looked for there, and all that could be read was compared with the new target. Neither "
+        "main nor the old spare was written to."
+    )
+    if lost:
+        return (
+            f"{text} {count_of(lost, 'sector')} are lost and give errors until they are written; "
+            "keep the old spare if you want to look for them yourself, else it may be wiped."
+        )
+    return f"{text} The old spare may be wiped."

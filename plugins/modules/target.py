@@ -116,6 +116,34 @@ options:
       - V(0) sets no limit.
     type: str
     default: "0"
+  migrate_from:
+    description:
+      - The spare of an out-of-tree kernel target C(dm-remap-v4) that had this O(main), to leave
+        that target. The new target shows what the kernel target would show, remapped sectors
+        included. See C(docs/kernel-v4.md) for what can be saved and what cannot.
+      - It must be another device than the O(spares), and the kernel target must be removed first.
+        Neither it nor the main is written to.
+      - Only for a target that does not exist yet. The same task can be run again after an
+        interruption, and does nothing once the target is migrated, even without the old spare.
+    type: path
+  migrate_pending:
+    description:
+      - What to do with remaps of O(migrate_from) that are marked as pending. The kernel target does
+        not use a remap before it is started again, and does not note that it was, so nobody knows
+        whether main or the old spare has the newer data. They are refused if this is not given.
+      - With V(spare) their sectors come from the old spare, which is right if the kernel target was
+        started again after the remaps were made, as after a restart of the host.
+      - With V(main) they stay on the main, which is right if it was not.
+      - With V(lost) they are lost sectors, which give errors until they are written.
+    type: str
+    choices: [main, spare, lost]
+  migrate_unit:
+    description:
+      - How much each remap of O(migrate_from) stands for, such as V(4K). The kernel target sends
+        I/O that begins at a remapped sector to its spare as a whole, so a filesystem's block size
+        is right where only that filesystem used the target.
+      - A multiple of the main's logical block size, which it is if this is not given.
+    type: str
   wipe:
     description:
       - Allow spares, or a new O(main) of an active target, that hold a filesystem, a partition
@@ -206,6 +234,15 @@ EXAMPLES = r"""
   async: 864000
   poll: 60
 
+- name: Leave the kernel target dm-remap-v4, whose spare stays as it is
+  dm_remap.storage.target:
+    name: data
+    main: /dev/disk/by-id/ata-EXAMPLE_MAIN
+    spares: [/dev/disk/by-id/ata-EXAMPLE_SPARE_1]
+    migrate_from: /dev/disk/by-id/ata-EXAMPLE_OLD_SPARE
+    migrate_pending: spare
+    migrate_unit: 4K
+
 - name: Remove a target that has no remaps; the main is as it was
   dm_remap.storage.target:
     name: data
@@ -225,6 +262,10 @@ actions:
     - action: create_target
       device: /dev/mapper/data
       main: /dev/sdb
+msg:
+  description: What became of a kernel target's data, and that its spare is not needed any more.
+  returned: when a target was migrated
+  type: str
 target:
   description:
     - The target after the task, or as it is in check mode; empty while there is none.
@@ -241,7 +282,7 @@ target:
 from ansible.module_utils.basic import AnsibleModule
 from ansible.module_utils.common.text.formatters import human_to_bytes
 
-from ..module_utils.engine import Engine
+from ..module_utils.engine import Engine, request_seen
 from ..module_utils.errors import DmRemapError, Refused, count_of
 from ..module_utils.planner import (
     REPLACE,
@@ -253,7 +294,7 @@ from ..module_utils.planner import (
     plan_present,
 )
 from ..module_utils.replacing import Pace
-from ..module_utils.report import describe_target, diff_of
+from ..module_utils.report import describe_migration, describe_target, diff_of
 
 
 def main() -> None:
@@ -272,6 +313,9 @@ def main() -> None:
                 "options": {"warn": {"type": "int"}, "critical": {"type": "int"}},
             },
             "copy_rate": {"type": "str", "default": "0"},
+            "migrate_from": {"type": "path"},
+            "migrate_pending": {"type": "str", "choices": ["main", "spare", "lost"]},
+            "migrate_unit": {"type": "str"},
             "wipe": {"type": "bool", "default": False},
             "discard_remaps": {"type": "bool", "default": False},
             "state": {"type": "str", "choices": ["present", "absent"], "default": "present"},
@@ -295,7 +339,7 @@ def run(module: AnsibleModule) -> None:
     with engine.locked_host(), engine.locked(name):
         if module.params["state"] == "present":
             request = request_from(module)
-            plan = plan_present(request, engine.see(name, request.main, request.spares))
+            plan = plan_present(request, request_seen(engine, request))
         else:
             plan = absence(engine, module)
         moved = [] if module.check_mode else engine.apply(plan)
@@ -308,6 +352,9 @@ def run(module: AnsibleModule) -> None:
             target = engine.observe(name)
     for warning in plan.warnings:
         module.warn(warning)
+    result = {}
+    if plan.migration and not module.check_mode:
+        result["msg"] = describe_migration(plan, moved)
     lost = [item for chunk in moved for item in chunk.lost]
     if lost:
         count = count_of(sum(count for _start, count in lost), "sector")
@@ -317,6 +364,7 @@ def run(module: AnsibleModule) -> None:
         actions=plan.action_dicts(),
         diff=diff_of(plan),
         target=describe_target(target) if target else {},
+        **result,
     )
 
 
@@ -333,25 +381,28 @@ def pace_from(module: AnsibleModule) -> Pace:
         ) from error
 
 
+def size_from(module: AnsibleModule, option: str, remedy: str) -> int | None:
+    """A number of bytes, or None where it is not given."""
+    given = module.params[option]
+    if given is None:
+        return None
+    try:
+        return int(human_to_bytes(given))
+    except (ValueError, OverflowError) as error:
+        raise Refused(
+            f"{option} {given!r} is not a size", device=module.params["name"], remedy=remedy
+        ) from error
+
+
 def request_from(module: AnsibleModule) -> Request:
     """The target that the arguments ask for."""
     params = module.params
-    chunk_bytes = None
-    if params["chunk_size"] is not None:
-        try:
-            chunk_bytes = human_to_bytes(params["chunk_size"])
-        except (ValueError, OverflowError) as error:
-            raise Refused(
-                f"chunk_size {params['chunk_size']!r} is not a size",
-                device=params["name"],
-                remedy="use a power of two from 4K to 1M",
-            ) from error
     thresholds = params["thresholds"] or {}
     return Request(
         name=params["name"],
         main=params["main"],
         spares=tuple(params["spares"]),
-        chunk_bytes=chunk_bytes,
+        chunk_bytes=size_from(module, "chunk_size", "use a power of two from 4K to 1M"),
         on_error=params["on_error"],
         shim=params["shim"],
         wipe=params["wipe"],
@@ -359,6 +410,9 @@ def request_from(module: AnsibleModule) -> Request:
         allocation=params["allocation"],
         warn=thresholds.get("warn"),
         critical=thresholds.get("critical"),
+        migrate_from=params["migrate_from"],
+        migrate_pending=params["migrate_pending"],
+        migrate_unit=size_from(module, "migrate_unit", "use a size such as 4K"),
     )
 
 

@@ -45,6 +45,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Union
 
+from dm_remap import kernel_v4
 from dm_remap.blockdev import OWN_SIGNATURE, DeviceInfo, Use
 from dm_remap.devmapper import MappedDevice, Segment
 from dm_remap.errors import DmRemapError
@@ -1287,6 +1288,8 @@ class Blocks:
         found = []
         if start.startswith(b"DMREMAP4"):
             found.append(OWN_SIGNATURE)
+        if start.startswith(kernel_v4.MAGIC):
+            found.append(kernel_v4.SIGNATURE)
         if start[FILESYSTEM_SECTOR * SECTOR :].startswith(FILESYSTEM_MAGIC):
             found.append("ext4")
         return found

@@ -14,13 +14,16 @@ import pytest
 import yaml
 from ansible.module_utils.common.arg_spec import ArgumentSpecValidator
 
+from dm_remap import kernel_v4
 from dm_remap.engine import RemappedChunk, RemapReport
 from dm_remap.files import Owner
 from dm_remap.format import Extent, LostRange
-from dm_remap.planner import LostSpare, Plan, Request, plan_present
+from dm_remap.planner import LostSpare, OldSpare, Plan, Request, plan_present
 from dm_remap.report import describe_emptied, describe_remap, describe_target
 from plugins.modules import target as target_module
-from tests.unit.test_planner import REQUEST, blank, created
+from tests import old_spare
+from tests.unit.copy_scene import Disk
+from tests.unit.test_planner import MAIN_SECTORS, REQUEST, blank, created, info
 from tests.unit.test_replacement import half, under_way
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -113,7 +116,8 @@ def test_the_examples_of_targets_can_be_planned(monkeypatch: pytest.MonkeyPatch)
         if given["state"] == "present":
             request = asdict(target_module.request_from(Module(given)))
             here = {"name": REQUEST.name, "main": REQUEST.main, "spares": REQUEST.spares}
-            planned[task["name"]] = plan_present(Request(**{**request, **here}), blank())
+            seen = replace(blank(), old_spare=old_spare_of(MAIN_SECTORS))
+            planned[task["name"]] = plan_present(Request(**{**request, **here}), seen)
     plan = planned.pop("Fill both spares evenly, and warn early")
     assert plan.metadata is not None
     assert plan.metadata.config["allocation"] == "balanced"
@@ -121,9 +125,21 @@ def test_the_examples_of_targets_can_be_planned(monkeypatch: pytest.MonkeyPatch)
     held = planned.pop("Hold the errors of an NVMe disk too, and see what that changes")
     assert held.metadata is not None
     assert held.metadata.config["on_error"] == "hold"
+    migrated = planned.pop("Leave the kernel target dm-remap-v4, whose spare stays as it is")
+    assert migrated.migration is not None
+    assert migrated.migration.places == {64 + offset: 2000 + offset for offset in range(8)}
     assert len(planned) == 3
     for other in planned.values():
         assert other.after["config"]["allocation"] == "first_fit"
+
+
+def old_spare_of(main_sectors: int) -> OldSpare:
+    """A kernel target's spare with a remap that may never have been used."""
+    disk = Disk("/dev/old", 4000)
+    entry = old_spare.Entry(64, 2000, old_spare.PENDING)
+    old_spare.write(disk.put, old_spare.Old(main_sectors, disk.sectors, [entry]).pack())
+    device = replace(info("/dev/spare2"), path="/dev/old", sectors=disk.sectors)
+    return OldSpare(device, kernel_v4.survey(disk))
 
 
 @pytest.mark.parametrize("module", MODULES)
