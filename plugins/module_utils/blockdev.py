@@ -65,7 +65,8 @@ class DeviceInfo:
     ``virtio``), or empty. ``volume`` is the UUID of a mapped device or an array. ``partition`` is
     the partition's number, 0 for a whole disk and None if nobody has looked, ``partuuid`` its
     entry in the table. ``fs_type``, ``fs_uuid``, ``table_type`` and ``table_uuid`` are what udev
-    has found on the device or, for a partition's table, on its disk.
+    has found on the device or, for a partition's table, on its disk. ``content`` has samples by
+    their names, where somebody took them.
     """
 
     path: str
@@ -88,6 +89,7 @@ class DeviceInfo:
     fs_uuid: str = ""
     table_type: str = ""
     table_uuid: str = ""
+    content: tuple[tuple[str, str], ...] = ()
 
     @property
     def block_sectors(self) -> int:

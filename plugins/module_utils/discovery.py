@@ -23,7 +23,7 @@ from .blockdev import DeviceInfo, Listed
 from .copies import Choice, FailedCopy, SplitBrain, Survey
 from .devmapper import MappedDevice, check_name
 from .errors import DmRemapError, Refused, count_of
-from .fingerprint import Fingerprint, Match, Verdict, compare, of_entry, of_info
+from .fingerprint import Fingerprint, Match, Verdict, compare, of_entry, of_info, with_content
 from .format import SMALLEST_FAR_SECTORS, Diagnosis, Metadata
 
 # Devices that are read at once.
@@ -840,7 +840,10 @@ class _Judge:
         device = next((device for device in devices if _is_named(device, named)), None)
         if device is None:
             self.refuse(
-                "no_such_device", named, "was named as the main and is not there", "attach it"
+                "no_such_device",
+                named,
+                "was named as the main and is not there, or is a spare",
+                "attach it",
             )
             return None, None
         info = device.info
@@ -1077,13 +1080,19 @@ def active_targets(tables: Tables) -> dict[uuid.UUID, str]:
     return found
 
 
-def look(listed: Listed, blocks: Blocks = blockdev, also: Collection[int] = ()) -> Found:
+def look(
+    listed: Listed,
+    blocks: Blocks = blockdev,
+    also: Collection[int] = (),
+    content: bool = False,
+) -> Found:
     """Read the slots of one device: seven reads of 4 KiB where nothing of ours is on it.
 
     Args:
         listed: the device.
         blocks: opens it.
         also: other sizes in sectors that it may have been laid out for.
+        content: sample its content too: five more reads of 4 KiB.
     """
     info = listed.info
     found = Found(info, None, of_info(info), holders=listed.holders)
@@ -1095,10 +1104,14 @@ def look(listed: Listed, blocks: Blocks = blockdev, also: Collection[int] = ()) 
         with blocks.BlockDevice(info.path) as device:
             watched = _Watched(device)
             seen = copies.survey(watched, also)
+            if content:
+                info = with_content(info, watched)
     except (DmRemapError, OSError) as error:
         return replace(found, error=str(error))
     kernel_spare = watched.start.startswith(blockdev.KERNEL_TARGET_MAGIC)
-    return replace(found, survey=seen, kernel_spare=kernel_spare)
+    return replace(
+        found, info=info, survey=seen, fingerprint=of_info(info), kernel_spare=kernel_spare
+    )
 
 
 class _Watched:
@@ -1136,65 +1149,69 @@ def scan(
         seconds: after which a device that does not answer is given up.
     """
     listed = list(blocks.list_devices(stack.UUID_PREFIX))
-    found = _look_at_all(listed, blocks, workers, seconds)
-    sizes = _recorded_sizes(found)
-    again = [
-        device
-        for device, seen in zip(listed, found)
-        if _may_be_resized(seen, sizes) and not seen.error
-    ]
-    if again:
+    found = _look_at_all([_Look(device, blocks) for device in listed], workers, seconds)
+    spares, mains = _recorded(found)
+    again = []
+    for device, seen in zip(listed, found):
+        if seen.survey is None or seen.survey.claims:
+            continue
         # Without a near copy, only the size that is recorded tells where the far ones are.
-        numbers = {size for _recorded, size in sizes}
-        second = _look_at_all(again, blocks, workers, seconds, numbers)
-        by_number = {device.info.devno: device for device in second if not device.error}
-        found = [by_number.get(device.info.devno, device) for device in found]
+        also = [
+            recorded.sectors
+            for recorded in spares
+            if recorded.sectors != seen.info.sectors and _spare_match(recorded, seen).is_it
+        ]
+        # Whether what is as large as a main, and not it, is a clone of it.
+        content = any(
+            recorded.sectors == seen.info.sectors and not compare(recorded, seen.fingerprint).is_it
+            for recorded in mains
+        )
+        if also or content:
+            again.append(_Look(device, blocks, tuple(also), content))
+    if again:
+        second = {one.info.devno: one for one in _look_at_all(again, workers, seconds)}
+        better = (second.get(one.info.devno, one) for one in found)
+        found = [new if not new.error else old for new, old in zip(better, found)]
     return tuple(found)
 
 
-def _recorded_sizes(found: Iterable[Found]) -> list[tuple[Fingerprint, int]]:
-    """Fingerprints and sizes of all spares that any copy tells of."""
-    entries = _entries(device for device in found if _has_copies(device))
-    fingerprints = [of_entry(entry) for entry in entries.values()]
-    return [(recorded, recorded.sectors) for recorded in fingerprints]
+def _recorded(found: Iterable[Found]) -> tuple[list[Fingerprint], list[Fingerprint]]:
+    """Fingerprints of all spares, and of all mains, that any copy tells of."""
+    known: dict[bytes, Metadata] = {}
+    for device in found:
+        if device.survey is not None:
+            known.update((copy.header.digest, copy.metadata) for copy in device.survey.copies)
+    spares: dict[Fingerprint, None] = {}
+    mains: dict[Fingerprint, None] = {}
+    for metadata in known.values():
+        for entry in metadata.config["spares"]:
+            spares[of_entry(entry)] = None
+        mains[of_entry(metadata.config["main"])] = None
+        if replacement.under_way(metadata):
+            mains[of_entry(metadata.config["replacement"]["main"])] = None
+    return list(spares), list(mains)
 
 
-def _may_be_resized(device: Found, sizes: Iterable[tuple[Fingerprint, int]]) -> bool:
-    """Whether a device without copies is, by its hardware, a spare of another size."""
-    if device.survey is None or device.survey.claims:
-        return False
-    return any(
-        size != device.info.sectors and _spare_match(recorded, device).is_it
-        for recorded, size in sizes
-    )
-
-
-def _look_at_all(
-    listed: Sequence[Listed],
-    blocks: Blocks,
-    workers: int,
-    seconds: float,
-    also: Collection[int] = (),
-) -> list[Found]:
-    results = run_all([_Look(device, blocks, also) for device in listed], workers, seconds)
+def _look_at_all(looks: Sequence[_Look], workers: int, seconds: float) -> list[Found]:
     late = f"does not answer within {seconds:g} s"
     return [
-        result if result is not None else Found(d.info, None, of_info(d.info), error=late)
-        for d, result in zip(listed, results)
+        result or Found(one.listed.info, None, of_info(one.listed.info), error=late)
+        for one, result in zip(looks, run_all(looks, workers, seconds))
     ]
 
 
 @dataclass(frozen=True)
 class _Look:
-    """A call of `look`."""
+    """A call of `look` with these arguments."""
 
     listed: Listed
     blocks: Blocks
-    also: Collection[int]
+    also: Collection[int] = ()
+    content: bool = False
 
     def __call__(self) -> Found:
         try:
-            return look(self.listed, self.blocks, self.also)
+            return look(self.listed, self.blocks, self.also, self.content)
         except Exception as error:
             # One device that nobody understands must not hide the others.
             info = self.listed.info

@@ -37,7 +37,7 @@ WEIGHTS: Mapping[str, int] = {
     "partition": 5,
     "fs_uuid": 10,
     "table_uuid": 5,
-    "content": 10,
+    "content": 5,
 }
 # Each of these names one device; without any of them there is no proof.
 PROOFS = ("wwn", "serial", "volume")
@@ -186,8 +186,8 @@ class Match:
         return _proven(self.agrees, self.differs)
 
 
-def of_info(info: DeviceInfo, content: Mapping[str, str] | None = None) -> Fingerprint:
-    """The fingerprint of a device that was described, with samples of its content if there are."""
+def of_info(info: DeviceInfo) -> Fingerprint:
+    """The fingerprint of a device that was described."""
     own_mark = _is_own_mark(info.fs_type)
     return Fingerprint(
         wwn=info.wwn,
@@ -204,7 +204,7 @@ def of_info(info: DeviceInfo, content: Mapping[str, str] | None = None) -> Finge
         fs_uuid="" if own_mark else info.fs_uuid,
         table_type=info.table_type,
         table_uuid=info.table_uuid,
-        content=tuple(sorted((content or {}).items())),
+        content=info.content,
     )
 
 
@@ -425,6 +425,11 @@ def sample(device: Readable) -> dict[str, str]:
     }
 
 
+def with_content(info: DeviceInfo, device: Readable) -> DeviceInfo:
+    """The description of a device with samples of its content."""
+    return dataclasses.replace(info, content=tuple(sorted(sample(device).items())))
+
+
 def _of_start(raw: bytes) -> dict[str, bytes]:
     """What stays in the first 4 KiB: the boot sector, and what names an ext file system."""
     boot = bytearray(raw[:SECTOR_BYTES])
@@ -516,6 +521,6 @@ def observe(path: str, cache: Cache | None = None) -> Fingerprint:
     began = known.now()
     info = blockdev.describe(path)
     with blockdev.BlockDevice(path) as device:
-        found = of_info(info, sample(device))
+        found = of_info(with_content(info, device))
     known.put(devno, attachment, found, began)
     return found
