@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -160,6 +161,14 @@ def test_proof_is_worth_more_than_all_else_together() -> None:
     assert rest == UNPROVED_LIMIT == min(WEIGHTS[name] for name in PROOFS)
     assert compare(DISK, DISK).confidence == 100
     assert compare(ANONYMOUS, ANONYMOUS).confidence < UNPROVED_LIMIT
+
+
+def test_the_documented_weights_and_verdicts_are_these() -> None:
+    text = (Path(__file__).resolve().parents[2] / "docs" / "identity.md").read_text()
+    rows = re.findall(r"^\| `(\w+)` \| (\d+) \|", text, re.MULTILINE)
+    assert {name: int(weight) for name, weight in rows} == WEIGHTS
+    listed = text.split("| verdict | when |", 1)[1].split("\n\n", 1)[0]
+    assert set(re.findall(r"^\| ([a-z ]+) \|", listed, re.MULTILINE)) == {v.value for v in Verdict}
 
 
 def test_a_device_without_a_name_says_so() -> None:
