@@ -306,6 +306,11 @@ def _info(
     )
 
 
+def _linked(folder: str, name: str) -> str:
+    """Where a link leads, which realpath finds out by a look at each part of the path."""
+    return os.path.normpath(os.path.join(folder, os.readlink(os.path.join(folder, name))))
+
+
 def _whole(folder: str) -> str:
     """Folder in sysfs of the whole disk."""
     return os.path.dirname(folder) if _is_partition(folder) else folder
@@ -338,7 +343,10 @@ def list_devices(without: str, sysfs: str = "/sys", udev: str = _UDEV_DATABASE) 
     for name in _list(os.path.join(sysfs, "class/block")):
         if name.startswith(_MADE_OF_MEMORY):
             continue
-        folder = os.path.realpath(os.path.join(sysfs, "class/block", name))
+        try:
+            folder = _linked(os.path.join(sysfs, "class/block"), name)
+        except OSError:
+            continue  # it has gone meanwhile
         sectors = int(_read(folder, "size") or 0)
         mapped = _read(folder, "dm/uuid")
         # A path below a multipath of the NVMe driver has no node.

@@ -310,12 +310,12 @@ def _far_sectors(size: int) -> tuple[int, ...]:
 class _Look:
     """Collects the slots of one device while a survey goes on."""
 
-    def __init__(self, device: Device) -> None:
+    def __init__(self, device: Device, known: dict[bytes, Metadata]) -> None:
         self.device = device
         self.valid: dict[int, Copy] = {}
         self.failed: dict[int, FailedCopy] = {}
         self.newer: list[tuple[uuid.UUID, uuid.UUID]] = []
-        self._known: dict[bytes, Metadata] = {}
+        self._known = known
 
     def at(self, index: int, sector: int) -> None:
         if sector in self.valid or sector in self.failed:
@@ -336,7 +336,9 @@ class _Look:
         return {copy.header.spare_sectors for copy in self.valid.values()}
 
 
-def survey(device: Device, also: Iterable[int] = ()) -> Survey:
+def survey(
+    device: Device, also: Iterable[int] = (), known: dict[bytes, Metadata] | None = None
+) -> Survey:
     """Look at every slot of `device`: near ones, and far ones by its size and by what headers say.
 
     Never raises for what is on the device. Bodies are read only behind valid headers.
@@ -344,8 +346,10 @@ def survey(device: Device, also: Iterable[int] = ()) -> Survey:
     Args:
         device: any device.
         also: other sizes in sectors that it may have been laid out for.
+        known: generations by digest that were read elsewhere, so that equal bodies are parsed once;
+            added to.
     """
-    look = _Look(device)
+    look = _Look(device, {} if known is None else known)
     for index, sector in enumerate(NEAR_SECTORS):
         look.at(index, sector)
     sizes = {device.sectors, *also}

@@ -23,7 +23,16 @@ from .blockdev import DeviceInfo, Listed
 from .copies import Choice, FailedCopy, SplitBrain, Survey
 from .devmapper import MappedDevice, check_name
 from .errors import DmRemapError, Refused, count_of
-from .fingerprint import Fingerprint, Match, Verdict, compare, of_entry, of_info, with_content
+from .fingerprint import (
+    Fingerprint,
+    Match,
+    Verdict,
+    compare,
+    of_entry,
+    of_info,
+    unrelated,
+    with_content,
+)
 from .format import SMALLEST_FAR_SECTORS, Diagnosis, Metadata
 
 # Devices that are read at once.
@@ -739,6 +748,12 @@ class _Judge:
         named: str | None,
     ) -> tuple[Found | None, Match | None]:
         recorded = of_entry(entry)
+        # Naming one shows how it differs. Else most devices have nothing to do with this main.
+        devices = [
+            device
+            for device in devices
+            if named is not None or not unrelated(recorded, device.fingerprint)
+        ]
         matches = {device.info.devno: compare(recorded, device.fingerprint) for device in devices}
         if named is not None:
             return self._named_main(recorded, devices, matches, ours, named)
@@ -1085,6 +1100,7 @@ def look(
     blocks: Blocks = blockdev,
     also: Collection[int] = (),
     content: bool = False,
+    known: dict[bytes, Metadata] | None = None,
 ) -> Found:
     """Read the slots of one device: seven reads of 4 KiB where nothing of ours is on it.
 
@@ -1093,6 +1109,7 @@ def look(
         blocks: opens it.
         also: other sizes in sectors that it may have been laid out for.
         content: sample its content too: five more reads of 4 KiB.
+        known: generations by digest that were read from other devices; added to.
     """
     info = listed.info
     found = Found(info, None, of_info(info), holders=listed.holders)
@@ -1103,7 +1120,7 @@ def look(
     try:
         with blocks.BlockDevice(info.path) as device:
             watched = _Watched(device)
-            seen = copies.survey(watched, also)
+            seen = copies.survey(watched, also, known)
             if content:
                 info = with_content(info, watched)
     except (DmRemapError, OSError) as error:
@@ -1149,7 +1166,9 @@ def scan(
         seconds: after which a device that does not answer is given up.
     """
     listed = list(blocks.list_devices(stack.UUID_PREFIX))
-    found = _look_at_all([_Look(device, blocks) for device in listed], workers, seconds)
+    known: dict[bytes, Metadata] = {}
+    looks = [_Look(device, blocks, known) for device in listed]
+    found = _look_at_all(looks, workers, seconds)
     spares, mains = _recorded(found)
     again = []
     for device, seen in zip(listed, found):
@@ -1167,7 +1186,7 @@ def scan(
             for recorded in mains
         )
         if also or content:
-            again.append(_Look(device, blocks, tuple(also), content))
+            again.append(_Look(device, blocks, known, tuple(also), content))
     if again:
         second = {one.info.devno: one for one in _look_at_all(again, workers, seconds)}
         better = (second.get(one.info.devno, one) for one in found)
@@ -1206,12 +1225,13 @@ class _Look:
 
     listed: Listed
     blocks: Blocks
+    known: dict[bytes, Metadata]
     also: Collection[int] = ()
     content: bool = False
 
     def __call__(self) -> Found:
         try:
-            return look(self.listed, self.blocks, self.also, self.content)
+            return look(self.listed, self.blocks, self.also, self.content, self.known)
         except Exception as error:
             # One device that nobody understands must not hide the others.
             info = self.listed.info

@@ -274,6 +274,22 @@ def _proven(agrees: tuple[str, ...], differs: tuple[str, ...]) -> bool:
     return any(name in agrees for name in PROOFS) and not set(differs) & set(_HARDWARE_NAMES)
 
 
+def unrelated(recorded: Fingerprint, seen: Fingerprint) -> bool:
+    """Whether `compare` will find another device with another content, at a fraction of its cost.
+
+    False says nothing.
+    """
+    if recorded.content and seen.content:
+        return False
+    for name in ("wwn", "serial", "volume", "fs_uuid", "table_uuid"):
+        was = getattr(recorded, name)
+        if was and was == getattr(seen, name):
+            return False
+    if recorded.wwn and seen.wwn:
+        return True
+    return bool(_own_serial(recorded) and _own_serial(seen))
+
+
 def compare(recorded: Fingerprint, seen: Fingerprint) -> Match:
     """Judge whether the device that is seen is the one that was recorded.
 

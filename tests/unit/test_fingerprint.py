@@ -31,6 +31,7 @@ from dm_remap.fingerprint import (
     of_entry,
     of_info,
     sample,
+    unrelated,
     with_content,
 )
 from tests.unit.copy_scene import Disk
@@ -224,6 +225,14 @@ def test_no_device_is_taken_for_another_without_proof(was: Fingerprint, now: Fin
         assert match.verdict in (Verdict.CLONE, Verdict.DIFFERENT)
         assert match.confidence == 0
     assert 0 <= match.confidence <= 100
+
+
+@given(prints, prints)
+def test_what_is_unrelated_is_different(was: Fingerprint, now: Fingerprint) -> None:
+    if unrelated(was, now):
+        match = compare(was, now)
+        assert match.verdict is Verdict.DIFFERENT
+        assert not match.proven
 
 
 @given(prints)
