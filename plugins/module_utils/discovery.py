@@ -566,14 +566,6 @@ class _Judge:
     def _named_side(self, surveys: Mapping[str, Survey], now: int) -> Choice | None:
         """The choice among the named spare and those that do not contradict it."""
         named = next(path for path in surveys if _is_named(self._by_path(path), self.use or ""))
-        if not any(named in side.devices for side in self.sides):
-            self.refuse(
-                "split_brain",
-                named,
-                "is older than the histories that diverged, and so of both",
-                "name a spare of the side to keep",
-            )
-            return None
         side = {named: surveys[named]}
         choice = copies.choose(side, now)
         first = choice.metadata.generation
@@ -586,8 +578,8 @@ class _Judge:
             if alone is not None and alone.metadata.generation > first:
                 self.refuse(
                     "split_brain",
-                    path,
-                    f"goes on from {named}, but not as {choice.source} does",
+                    named,
+                    f"is older than the histories on {choice.source} and on {path}, and in both",
                     "name the one of these two to keep",
                 )
                 return None

@@ -691,13 +691,36 @@ def test_either_side_can_be_named_and_only_its_own_content_counts() -> None:
 
 def test_a_side_that_goes_on_in_two_ways_is_not_guessed() -> None:
     base = first(4)
-    left = after(base, 0)
-    found = [M, spare(left), spare(after(left, 0), 1)]
-    found += [spare(after(left, 0, host=OTHER_HOST), 2), spare(after(base, 1, host=OTHER_HOST), 3)]
-    for order in (found, found[::-1]):
-        target = target_of(decide(order, overrides=Overrides(use={TARGET: "/dev/sdb"}), now_ns=NOW))
+    left, right = after(base, 0), after(base, 1, host=OTHER_HOST)
+    both = [spare(after(left, 0), 1), spare(after(left, 0, host=OTHER_HOST), 2)]
+    for other in (right, after(right, 0, 0, 0)):
+        found = [M, spare(left), *both, spare(other, 3)]
+        for order in (found, found[::-1]):
+            said = Overrides(use={TARGET: "/dev/sdb"})
+            target = target_of(decide(order, overrides=said, now_ns=NOW))
+            assert target
+            assert target.state is REFUSED
+            assert "/dev/sdc" in target.decision
+            assert "/dev/sdd" in target.decision
+
+
+def test_any_spare_of_a_side_names_its_newest_generation() -> None:
+    base = first(3)
+    left, right = after(base, 0), after(base, 1, host=OTHER_HOST)
+    found = [M, spare(left), spare(after(left, 0), 1), spare(right, 2)]
+    for path in ("/dev/sdb", "/dev/sdc"):
+        target = target_of(decide(found, overrides=Overrides(use={TARGET: path}), now_ns=NOW))
         assert target
-        assert target.state is REFUSED
+        assert target.metadata == after(left, 0)
+        assert {info.path for info in target.spares.values()} == {"/dev/sdb", "/dev/sdc"}
+
+
+def test_a_contested_device_matters_to_both_targets() -> None:
+    targets = decided(CASES["contested device"]).targets
+    assert {target.uuid: [p.code for p in target.problems][:1] for target in targets} == {
+        TARGET: ["contested"],
+        OTHER_TARGET: ["no_copy"],
+    }
 
 
 def test_what_is_missing_is_counted_and_named() -> None:
