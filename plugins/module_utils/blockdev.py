@@ -15,7 +15,7 @@ import os
 import stat
 import struct
 import subprocess
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from . import kernel_v4
@@ -37,6 +37,10 @@ _BUFFER_BYTES = 1 << 20
 OWN_MAGIC = b"DMREMAP4"
 OWN_SIGNATURE = "dm_remap.storage spare"
 
+_UDEV_DATABASE = "/run/udev/data"
+# Kernel names of devices that forget all at a restart.
+_MADE_OF_MEMORY = ("ram", "zram")
+
 
 @dataclass(frozen=True)
 class Use:
@@ -57,7 +61,11 @@ class DeviceInfo:
     Sizes are in sectors of 512 bytes, block sizes in bytes. ``disk`` is the device number of the
     whole disk, which is the device's own unless it is a partition; ``start`` is the partition's
     first sector on it. ``bus`` is how the disk is attached (``ata``, ``scsi``, ``nvme``,
-    ``virtio``), or empty.
+    ``virtio``), or empty. ``volume`` is the UUID of a mapped device or an array. ``partition`` is
+    the partition's number, 0 for a whole disk and None if nobody has looked, ``partuuid`` its
+    entry in the table. ``fs_type``, ``fs_uuid``, ``table_type`` and ``table_uuid`` are what udev
+    has found on the device or, for a partition's table, on its disk. ``content`` has samples by
+    their names, where somebody took them.
     """
 
     path: str
@@ -73,6 +81,14 @@ class DeviceInfo:
     read_only: bool
     used_by: tuple[Use, ...]
     bus: str = ""
+    volume: str = ""
+    partition: int | None = None
+    partuuid: str = ""
+    fs_type: str = ""
+    fs_uuid: str = ""
+    table_type: str = ""
+    table_uuid: str = ""
+    content: tuple[tuple[str, str], ...] = ()
 
     @property
     def block_sectors(self) -> int:
@@ -209,8 +225,8 @@ def _ioctl_int(fd: int, request: int) -> int:
     return int(struct.unpack("=I", buffer)[0])
 
 
-def describe(path: str) -> DeviceInfo:
-    """Describe the block device at ``path`` (a node or a link to one).
+def devno_of(path: str) -> str:
+    """Device number ``major:minor`` of the block device at ``path`` (a node or a link to one).
 
     Raises:
         DmRemapError: there is no such device or it is not a block device.
@@ -225,30 +241,154 @@ def describe(path: str) -> DeviceInfo:
         ) from error
     if not stat.S_ISBLK(status.st_mode):
         raise DmRemapError("is not a block device", device=path, remedy="name a block device")
-    devno = f"{os.major(status.st_rdev)}:{os.minor(status.st_rdev)}"
+    return f"{os.major(status.st_rdev)}:{os.minor(status.st_rdev)}"
+
+
+def describe(path: str) -> DeviceInfo:
+    """Describe the block device at ``path`` (a node or a link to one).
+
+    Raises:
+        DmRemapError: there is no such device or it is not a block device.
+    """
+    devno = devno_of(path)
     with BlockDevice(path) as device:
         sectors, logical_block = device.sectors, device.logical_block
         physical_block = _ioctl_int(device._fd, _BLKPBSZGET)
     folder = _sysfs(devno)
-    whole = os.path.dirname(folder) if _is_partition(folder) else folder
-    database = _udev_database(devno)
+    used = _users(folder, _whole(folder), _mounts(), _swaps()) or _exclusive_user(path)
+    return _info(
+        path, folder, _udev_database(devno), (sectors, logical_block, physical_block), used
+    )
+
+
+def _info(
+    path: str,
+    folder: str,
+    database: Mapping[str, str],
+    sizes: tuple[int, int, int],
+    used_by: Sequence[Use],
+) -> DeviceInfo:
+    """Put together what sysfs and udev know.
+
+    Args:
+        path: the device's node.
+        folder: its folder in sysfs.
+        database: udev's properties of it.
+        sizes: sectors, bytes of a logical and of a physical block.
+        used_by: who uses it.
+    """
+    whole = _whole(folder)
+    devno = _read(folder, "dev")
     return DeviceInfo(
         path=path,
         devno=devno,
-        sectors=sectors,
-        logical_block=logical_block,
-        physical_block=physical_block,
-        disk=_read(whole, "dev") or devno,
-        start=int(_read(folder, "start") or 0),
+        sectors=sizes[0],
+        logical_block=sizes[1],
+        physical_block=sizes[2],
+        disk=(_read(whole, "dev") or devno) if whole != folder else devno,
+        start=int(_read(folder, "start") or 0) if whole != folder else 0,
         serial=database.get("ID_SERIAL_SHORT")
         or database.get("ID_SERIAL")
         or _read(whole, "serial"),
         wwn=database.get("ID_WWN", ""),
         model=database.get("ID_MODEL", ""),
         read_only=_read(folder, "ro") == "1",
-        used_by=tuple(_users(folder, whole) or _exclusive_user(path)),
+        used_by=tuple(used_by),
         bus=database.get("ID_BUS") or _bus_of(os.path.basename(whole)),
+        volume=_read(whole, "dm/uuid") or database.get("MD_UUID", ""),
+        partition=int(_read(folder, "partition") or 0) if whole != folder else 0,
+        partuuid=database.get("ID_PART_ENTRY_UUID", "") if whole != folder else "",
+        fs_type=database.get("ID_FS_TYPE", ""),
+        fs_uuid=database.get("ID_FS_UUID", ""),
+        table_type=database.get("ID_PART_TABLE_TYPE", ""),
+        table_uuid=database.get("ID_PART_TABLE_UUID", ""),
     )
+
+
+def _linked(folder: str, name: str) -> str:
+    """Where a link leads, which realpath finds out by a look at each part of the path."""
+    return os.path.normpath(os.path.join(folder, os.readlink(os.path.join(folder, name))))
+
+
+def _whole(folder: str) -> str:
+    """Folder in sysfs of the whole disk."""
+    return os.path.dirname(folder) if _is_partition(folder) else folder
+
+
+@dataclass(frozen=True)
+class Listed:
+    """A block device in the list of all.
+
+    Args:
+        info: what is known of it, without having opened it.
+        holders: device numbers of what stands on it.
+        suspended: reads of it would wait.
+    """
+
+    info: DeviceInfo
+    holders: tuple[str, ...] = ()
+    suspended: bool = False
+
+
+def list_devices(without: str, sysfs: str = "/sys", udev: str = _UDEV_DATABASE) -> Iterator[Listed]:
+    """List all block devices that have a size, but for RAM disks. None is opened.
+
+    Args:
+        without: what the UUIDs of mapped devices start with that are to be left out.
+        sysfs: where sysfs is mounted.
+        udev: folder of udev's database.
+    """
+    mounted, swapped = _mounts(), _swaps()
+    for name in _list(os.path.join(sysfs, "class/block")):
+        if name.startswith(_MADE_OF_MEMORY):
+            continue
+        try:
+            folder = _linked(os.path.join(sysfs, "class/block"), name)
+        except OSError:
+            continue  # it has gone meanwhile
+        sectors = int(_read(folder, "size") or 0)
+        mapped = _read(folder, "dm/uuid")
+        # A path below a multipath of the NVMe driver has no node.
+        if not sectors or mapped.startswith(without) or _read(folder, "hidden") == "1":
+            continue
+        whole = _whole(folder)
+        queue = os.path.join(whole, "queue")
+        sizes = (
+            sectors,
+            int(_read(queue, "logical_block_size") or SECTOR_BYTES),
+            int(_read(queue, "physical_block_size") or SECTOR_BYTES),
+        )
+        node = "/dev/" + name.replace("!", "/")
+        database = _udev_database(_read(folder, "dev"), udev)
+        yield Listed(
+            _info(node, folder, database, sizes, _users(folder, whole, mounted, swapped)),
+            tuple(
+                _read(os.path.join(folder, "holders", holder), "dev")
+                for holder in _list(os.path.join(folder, "holders"))
+            ),
+            suspended=_read(folder, "dm/suspended") == "1",
+        )
+
+
+def attachment_of(devno: str, sysfs: str = "/sys", udev: str = _UDEV_DATABASE) -> tuple[str, int]:
+    """What is another one each time that a device gets this number, and when udev last told of it.
+
+    The kernel numbers its disks' attachments from 5.15 on (diskseq); before, the boot has to do.
+
+    Returns:
+        The attachment, and nanoseconds since 1970; 0 where udev knows nothing.
+    """
+    folder = _whole(os.path.realpath(os.path.join(sysfs, "dev/block", devno)))
+    boot = _read("/proc/sys/kernel/random", "boot_id")
+    path = os.path.join(udev, f"b{devno}")
+    initialized = ""
+    try:
+        changed = os.stat(path).st_mtime_ns
+        with open(path, encoding="utf-8", errors="replace") as file:
+            initialized = next((line.strip() for line in file if line.startswith("I:")), "")
+    except OSError:
+        changed = 0
+    return " ".join((boot, _read(folder, "diskseq"), initialized)), changed
 
 
 def _bus_of(name: str) -> str:
@@ -390,11 +530,11 @@ def _read(folder: str, name: str) -> str:
         return ""
 
 
-def _udev_database(devno: str) -> dict[str, str]:
+def _udev_database(devno: str, folder: str = _UDEV_DATABASE) -> dict[str, str]:
     # udev keeps its database as text; the properties are the lines that start with "E:".
     properties = {}
     try:
-        with open(f"/run/udev/data/b{devno}", encoding="utf-8", errors="replace") as file:
+        with open(os.path.join(folder, f"b{devno}"), encoding="utf-8", errors="replace") as file:
             for line in file:
                 if line.startswith("E:"):
                     key, _unused, value = line[2:].rstrip("\n").partition("=")
@@ -404,17 +544,25 @@ def _udev_database(devno: str) -> dict[str, str]:
     return properties
 
 
-def _users(folder: str, whole: str) -> list[Use]:
-    """Who uses the device, one of its partitions, or the disk that it is a partition of."""
+def _users(
+    folder: str, whole: str, mounted: Mapping[str, Sequence[str]], swapped: Collection[str]
+) -> list[Use]:
+    """Who uses the device, one of its partitions, or the disk that it is a partition of.
+
+    Args:
+        folder: its folder in sysfs.
+        whole: that of its whole disk.
+        mounted: mount points by device number.
+        swapped: device numbers of swap.
+    """
     parts = [folder] + [
         os.path.join(folder, name)
-        for name in _list(folder)
-        if _is_partition(os.path.join(folder, name))
+        for name in (_list(folder) if whole == folder else ())
+        if name.startswith(os.path.basename(folder)) and _is_partition(os.path.join(folder, name))
     ]
     if whole != folder:
         parts.append(whole)
     used = []
-    mounted, swapped = _mounts(), _swaps()
     for part in parts:
         name, devno = os.path.basename(part), _read(part, "dev")
         for point in mounted.get(devno, []):

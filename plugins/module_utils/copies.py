@@ -171,6 +171,21 @@ class Survey:
 
 
 @dataclass(frozen=True)
+class Notice:
+    """Something about a choice that people should know, and nothing is refused for.
+
+    Attributes:
+        code: what it is, in a word: future, retired, shrunk, unproved.
+        key: key of the device.
+        message: what about it, without the key.
+    """
+
+    code: str
+    key: str
+    message: str
+
+
+@dataclass(frozen=True)
 class Choice:
     """Which generation counts, and what has to be done about the rest.
 
@@ -181,7 +196,7 @@ class Choice:
         stale: keys of spares whose newest copy is older.
         retired: keys of devices that carry older copies and are no spares of it any more.
         damaged: key to the copies that must be rewritten, for spares that are not stale.
-        warnings: sentences for people.
+        notices: what people should know.
     """
 
     metadata: Metadata
@@ -190,7 +205,15 @@ class Choice:
     stale: frozenset[str]
     retired: frozenset[str]
     damaged: dict[str, tuple[FailedCopy, ...]]
-    warnings: tuple[str, ...]
+    notices: tuple[Notice, ...]
+
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """The notices as sentences."""
+        return tuple(
+            notice.message if notice.code == "future" else f"{notice.key} {notice.message}"
+            for notice in self.notices
+        )
 
     @property
     def missing(self) -> tuple[int, ...]:
@@ -287,12 +310,12 @@ def _far_sectors(size: int) -> tuple[int, ...]:
 class _Look:
     """Collects the slots of one device while a survey goes on."""
 
-    def __init__(self, device: Device) -> None:
+    def __init__(self, device: Device, known: dict[bytes, Metadata]) -> None:
         self.device = device
         self.valid: dict[int, Copy] = {}
         self.failed: dict[int, FailedCopy] = {}
         self.newer: list[tuple[uuid.UUID, uuid.UUID]] = []
-        self._known: dict[bytes, Metadata] = {}
+        self._known = known
 
     def at(self, index: int, sector: int) -> None:
         if sector in self.valid or sector in self.failed:
@@ -313,15 +336,23 @@ class _Look:
         return {copy.header.spare_sectors for copy in self.valid.values()}
 
 
-def survey(device: Device) -> Survey:
+def survey(
+    device: Device, also: Iterable[int] = (), known: dict[bytes, Metadata] | None = None
+) -> Survey:
     """Look at every slot of `device`: near ones, and far ones by its size and by what headers say.
 
     Never raises for what is on the device. Bodies are read only behind valid headers.
+
+    Args:
+        device: any device.
+        also: other sizes in sectors that it may have been laid out for.
+        known: generations by digest that were read elsewhere, so that equal bodies are parsed once;
+            added to.
     """
-    look = _Look(device)
+    look = _Look(device, {} if known is None else known)
     for index, sector in enumerate(NEAR_SECTORS):
         look.at(index, sector)
-    sizes = {device.sectors}
+    sizes = {device.sectors, *also}
     done: set[int] = set()
     while sizes - done:
         for size in sorted(sizes - done):
@@ -405,7 +436,7 @@ def choose(surveys: Mapping[str, Survey], now_ns: int | None = None) -> Choice:
     if not found:
         raise NoMetadata(_no_metadata(surveys), device=", ".join(surveys) or None)
     source, best = max(found, key=lambda item: _rank(item[1]))
-    warnings = _check_lineage(best.metadata, found)
+    notices = _check_lineage(best.metadata, found)
     metadata = best.metadata
     positions = {
         spare_uuid_of(metadata, index): index
@@ -421,13 +452,14 @@ def choose(surveys: Mapping[str, Survey], now_ns: int | None = None) -> Choice:
             continue
         if seen.spare_uuid not in positions:
             retired.add(key)
-            warnings.append(f"{key} is no spare of the target any more")
+            notices.append(Notice("retired", key, "is no spare of the target any more"))
             continue
         index = positions[seen.spare_uuid]
         spares[index] = key
         laid_out = geometry_of(metadata, index).spare_sectors
         if seen.sectors < laid_out:
-            warnings.append(f"{key} has {seen.sectors} sectors, but was laid out for {laid_out}")
+            message = f"has {seen.sectors} sectors, but was laid out for {laid_out}"
+            notices.append(Notice("shrunk", key, message))
         if all(copy.header.generation < metadata.generation for copy in seen.copies):
             stale.add(key)
             continue
@@ -437,9 +469,10 @@ def choose(surveys: Mapping[str, Survey], now_ns: int | None = None) -> Choice:
     now = time.time_ns() if now_ns is None else now_ns
     if metadata.timestamp_ns > now + CLOCK_SLACK_NS:
         ahead = (metadata.timestamp_ns - now) // 10**9
-        warnings.append(
+        message = (
             f"generation {metadata.generation} is from {ahead} s in the future; check the clocks"
         )
+        notices.append(Notice("future", source, message))
     return Choice(
         metadata=metadata,
         source=source,
@@ -447,7 +480,7 @@ def choose(surveys: Mapping[str, Survey], now_ns: int | None = None) -> Choice:
         stale=frozenset(stale),
         retired=frozenset(retired),
         damaged=damaged,
-        warnings=tuple(warnings),
+        notices=tuple(notices),
     )
 
 
@@ -501,7 +534,7 @@ def _no_metadata(surveys: Mapping[str, Survey]) -> str:
     return "no valid copy of a target's metadata" + (f" ({listed})" if listed else "")
 
 
-def _check_lineage(best: Metadata, found: Iterable[tuple[str, Copy]]) -> list[str]:
+def _check_lineage(best: Metadata, found: Iterable[tuple[str, Copy]]) -> list[Notice]:
     """Refuse copies that are not ancestors of `best`; warn where nothing can tell.
 
     An ancestor's digest is in the history of `best`, which is complete until it is full.
@@ -523,10 +556,8 @@ def _check_lineage(best: Metadata, found: Iterable[tuple[str, Copy]]) -> list[st
             unproved.add(key)
         elif recorded != header.digest[:8]:
             raise _split_brain(best, found)
-    return [
-        f"{key} is too old to prove that generation {best.generation} descends from it"
-        for key in sorted(unproved)
-    ]
+    message = f"is too old to prove that generation {best.generation} descends from it"
+    return [Notice("unproved", key, message) for key in sorted(unproved)]
 
 
 def _split_brain(best: Metadata, found: Iterable[tuple[str, Copy]]) -> SplitBrain:

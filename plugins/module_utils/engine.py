@@ -26,6 +26,7 @@ from . import (
     copies,
     extents,
     files,
+    fingerprint,
     kernel_v4,
     mapping,
     migration,
@@ -747,6 +748,10 @@ class Engine:
             known = {candidate.info.devno for candidate in candidates}
             left = [self._candidate(path, True) for path in self._spares_of(name, remains)]
             candidates += [c for c in left if c.info.devno not in known]
+        if main and wanted and not target and all(c.survey.empty for c in candidates):
+            # A new target records what its main contains.
+            with self._blocks.BlockDevice(main) as device:
+                wanted = fingerprint.with_content(wanted, device)
         return Seen(
             target=target,
             remains=remains,

@@ -192,7 +192,7 @@ class Geometry:
         """Chunks in the data area, the reserved ones included."""
         return self.data_sectors // self.chunk_sectors
 
-    @property
+    @cached_property
     def reserved_chunks(self) -> range:
         """Chunks that the middle far copy touches; they never hold remapped data."""
         first = (self.far_middle - self.data_start) // self.chunk_sectors

@@ -10,7 +10,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Protocol
 
-from . import copies, extents, kernel_v4, migration, pool, replacement
+from . import copies, extents, fingerprint, kernel_v4, migration, pool, replacement
 from .blockdev import OWN_SIGNATURE, DeviceInfo
 from .devmapper import MappedDevice, Segment, check_name
 from .errors import DmRemapError, Refused, StaleGeneration, count_of
@@ -846,7 +846,7 @@ def _plan_creation(
             {
                 "uuid": str(new_uuid()),
                 "geometry": geometry.to_dict(),
-                **replacement.identity_of(info),
+                **replacement.recorded(info, hardware_only=True),
             }
         )
     metadata = Metadata(
@@ -1035,13 +1035,13 @@ def _check_main_identity(main: DeviceInfo, metadata: Metadata) -> None:
 
 
 def _check_identity(info: DeviceInfo, recorded: Mapping[str, Any], role: str) -> None:
-    for key, mine in replacement.identity_of(info).items():
-        if mine and recorded.get(key) and mine != recorded[key]:
-            raise Refused(
-                f"has {key} {mine!r}, but the target's {role} has {recorded[key]!r}",
-                device=info.path,
-                remedy=f"give the target's own {role}; a clone of it will not do",
-            )
+    known, mine = fingerprint.of_entry(recorded), fingerprint.of_info(info)
+    for key, theirs, own in fingerprint.contradictions(known, mine):
+        raise Refused(
+            f"has {key} {own!r}, but the target's {role} has {theirs!r}",
+            device=info.path,
+            remedy=f"give the target's own {role}; a clone of it will not do",
+        )
 
 
 def _check_unchangeable(request: Request, metadata: Metadata) -> None:
@@ -1962,7 +1962,7 @@ def _additions(
         entry = {
             "uuid": str(new_uuid()),
             "geometry": geometry.to_dict(),
-            **replacement.identity_of(info),
+            **replacement.recorded(info, hardware_only=True),
         }
         entries[index : index + 1] = [entry]
         content = list(candidate.signatures)

@@ -18,7 +18,7 @@ import dataclasses
 from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
-from . import extents
+from . import extents, fingerprint
 from .blockdev import DeviceInfo
 from .errors import Refused
 from .events import subtract_ranges
@@ -32,6 +32,17 @@ def identity_of(info: DeviceInfo) -> dict[str, str]:
     return {"serial": info.serial, "wwn": info.wwn, "model": info.model}
 
 
+def recorded(info: DeviceInfo, hardware_only: bool = False) -> dict[str, Any]:
+    """What an entry of the configuration keeps of who a device is, beside its sizes.
+
+    Args:
+        info: the device.
+        hardware_only: for a spare, whose content is about to be overwritten.
+    """
+    more = fingerprint.more_layers(fingerprint.of_info(info), hardware_only)
+    return {**identity_of(info), **({"fingerprint": more} if more else {})}
+
+
 def main_entry(info: DeviceInfo, sectors: int) -> dict[str, Any]:
     """The configuration's entry for a main.
 
@@ -43,7 +54,7 @@ def main_entry(info: DeviceInfo, sectors: int) -> dict[str, Any]:
         "sectors": sectors,
         "logical_block": info.logical_block,
         "physical_block": info.physical_block,
-        **identity_of(info),
+        **recorded(info),
     }
     if info.sectors != sectors:
         entry["device_sectors"] = info.sectors
@@ -129,15 +140,14 @@ def matches(info: DeviceInfo, entry: Mapping[str, Any]) -> bool:
     """Whether nothing about a device contradicts what the metadata has of it."""
     if (info.sectors, info.logical_block) != (device_sectors(entry), entry["logical_block"]):
         return False
-    return not any(
-        mine and entry.get(key) and mine != entry[key] for key, mine in identity_of(info).items()
-    )
+    differs = fingerprint.compare(fingerprint.of_entry(entry), fingerprint.of_info(info)).differs
+    return not set(differs).intersection(fingerprint.HARDWARE)
 
 
 def is_surely(info: DeviceInfo, entry: Mapping[str, Any]) -> bool:
-    """Whether a device that matches also has the serial number or the WWN."""
-    mine = identity_of(info)
-    return matches(info, entry) and any(mine[k] and mine[k] == entry[k] for k in ("serial", "wwn"))
+    """Whether a device that matches also has the serial number, the WWN or the volume's UUID."""
+    match = fingerprint.compare(fingerprint.of_entry(entry), fingerprint.of_info(info))
+    return matches(info, entry) and match.proven
 
 
 def lasts(path: str) -> bool:
