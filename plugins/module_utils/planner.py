@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import uuid
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
@@ -36,6 +36,9 @@ DEFAULT_CHUNK_BYTES = 65536
 LOGICAL_BLOCKS = (512, 4096)
 HOLD, FAIL = "hold", "fail"
 NO_SHIM, RAID_SHIM, AUTO_SHIM = "none", "raid", "auto"
+# The values that a user may give.
+ON_ERROR = (HOLD, FAIL)
+SHIMS = (NO_SHIM, RAID_SHIM, AUTO_SHIM)
 # Actions that are begun under the target's lock and carried on without it.
 REPLACE, UNDO = "replace_main", "undo_replacement"
 
@@ -385,41 +388,53 @@ def plan_present(
     return _plan_creation(request, main, seen, new_uuid)
 
 
-def _check_request(request: Request) -> None:
-    check_name(request.name)
-    if request.on_error not in (None, HOLD, FAIL):
-        raise Refused(
-            f"on_error {request.on_error!r} is not known",
-            device=request.name,
-            remedy=f"use {HOLD} or {FAIL}",
-        )
-    if request.shim not in (None, NO_SHIM, RAID_SHIM, AUTO_SHIM):
-        raise Refused(
-            f"shim {request.shim!r} is not known",
-            device=request.name,
-            remedy=f"use {NO_SHIM}, {RAID_SHIM} or {AUTO_SHIM}",
-        )
+def request_faults(request: Request) -> Iterator[tuple[str, DmRemapError]]:
+    """What of a request cannot be, whatever is on the host: the field of `Request`, and why."""
+    try:
+        check_name(request.name)
+    except DmRemapError as error:
+        yield "name", error
+    for field_name, value, known in (
+        ("on_error", request.on_error, ON_ERROR),
+        ("shim", request.shim, SHIMS),
+        ("allocation", request.allocation, pool.POLICIES),
+    ):
+        if value not in (None, *known):
+            listed = f"{', '.join(known[:-1])} or {known[-1]}"
+            yield (
+                field_name,
+                Refused(
+                    f"{field_name} {value!r} is not known",
+                    device=request.name,
+                    remedy=f"use {listed}",
+                ),
+            )
     if not 1 <= len(request.spares) <= MAX_SPARES:
-        raise Refused(
-            f"has {len(request.spares)} spares",
-            device=request.name,
-            remedy=f"give 1 to {MAX_SPARES} spares",
+        yield (
+            "spares",
+            Refused(
+                f"has {count_of(len(request.spares), 'spare')}",
+                device=request.name,
+                remedy=f"give 1 to {MAX_SPARES} spares",
+            ),
         )
     size = request.chunk_bytes
     if size is not None and not (
         MIN_CHUNK_BYTES <= size <= MAX_CHUNK_BYTES and size & (size - 1) == 0
     ):
-        raise Refused(
-            f"a chunk of {size} bytes is not possible",
-            device=request.name,
-            remedy="use a power of two from 4 KiB to 1 MiB",
+        yield (
+            "chunk_bytes",
+            Refused(
+                f"a chunk of {size} bytes is not possible",
+                device=request.name,
+                remedy="use a power of two from 4 KiB to 1 MiB",
+            ),
         )
-    if request.allocation not in (None, *pool.POLICIES):
-        raise Refused(
-            f"allocation {request.allocation!r} is not known",
-            device=request.name,
-            remedy=f"use one of {', '.join(pool.POLICIES)}",
-        )
+
+
+def _check_request(request: Request) -> None:
+    for _field_name, error in request_faults(request):
+        raise error
 
 
 def _policies(request: Request, config: Mapping[str, Any]) -> dict[str, Any]:
@@ -650,7 +665,7 @@ def _plan_activation(request: Request, main: DeviceInfo, seen: Seen, choice: cop
                 device=request.name,
                 remedy="give all of the target's spares",
             )
-        _check_identity(candidate.info, entry, f"spare {index}")
+        check_identity(candidate.info, entry, f"spare {index}")
         spares[index] = candidate.info
     if by_uuid:
         raise Refused(
@@ -818,10 +833,11 @@ def _check_main_identity(main: DeviceInfo, metadata: Metadata) -> None:
             device=main.path,
             remedy="give the target's own main",
         )
-    _check_identity(main, recorded, "main")
+    check_identity(main, recorded, "main")
 
 
-def _check_identity(info: DeviceInfo, recorded: Mapping[str, Any], role: str) -> None:
+def check_identity(info: DeviceInfo, recorded: Mapping[str, Any], role: str) -> None:
+    """Refuse a device that is not the one that the metadata describes in that role."""
     for key, mine in replacement.identity_of(info).items():
         if mine and recorded.get(key) and mine != recorded[key]:
             raise Refused(

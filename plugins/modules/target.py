@@ -239,8 +239,8 @@ target:
 """
 
 from ansible.module_utils.basic import AnsibleModule
-from ansible.module_utils.common.text.formatters import human_to_bytes
 
+from ..module_utils.configuration import request_of
 from ..module_utils.engine import Engine
 from ..module_utils.errors import DmRemapError, Refused, count_of
 from ..module_utils.planner import (
@@ -254,6 +254,7 @@ from ..module_utils.planner import (
 )
 from ..module_utils.replacing import Pace
 from ..module_utils.report import describe_target, diff_of
+from ..module_utils.sizes import bytes_of
 
 
 def main() -> None:
@@ -324,8 +325,8 @@ def pace_from(module: AnsibleModule) -> Pace:
     """How fast to copy."""
     rate = module.params["copy_rate"]
     try:
-        return Pace(rate=human_to_bytes(rate))
-    except (ValueError, OverflowError) as error:
+        return Pace(rate=bytes_of(rate))
+    except ValueError as error:
         raise Refused(
             f"copy_rate {rate!r} is not a number of bytes",
             device=module.params["name"],
@@ -335,31 +336,7 @@ def pace_from(module: AnsibleModule) -> Pace:
 
 def request_from(module: AnsibleModule) -> Request:
     """The target that the arguments ask for."""
-    params = module.params
-    chunk_bytes = None
-    if params["chunk_size"] is not None:
-        try:
-            chunk_bytes = human_to_bytes(params["chunk_size"])
-        except (ValueError, OverflowError) as error:
-            raise Refused(
-                f"chunk_size {params['chunk_size']!r} is not a size",
-                device=params["name"],
-                remedy="use a power of two from 4K to 1M",
-            ) from error
-    thresholds = params["thresholds"] or {}
-    return Request(
-        name=params["name"],
-        main=params["main"],
-        spares=tuple(params["spares"]),
-        chunk_bytes=chunk_bytes,
-        on_error=params["on_error"],
-        shim=params["shim"],
-        wipe=params["wipe"],
-        discard_remaps=params["discard_remaps"],
-        allocation=params["allocation"],
-        warn=thresholds.get("warn"),
-        critical=thresholds.get("critical"),
-    )
+    return request_of(module.params)
 
 
 def absence(engine: Engine, module: AnsibleModule) -> Plan:
