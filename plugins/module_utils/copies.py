@@ -405,7 +405,7 @@ def choose(surveys: Mapping[str, Survey], now_ns: int | None = None) -> Choice:
     if not found:
         raise NoMetadata(_no_metadata(surveys), device=", ".join(surveys) or None)
     source, best = max(found, key=lambda item: _rank(item[1]))
-    warnings = _check_lineage(best.metadata, found)
+    warnings = check_lineage(best.metadata, found)
     metadata = best.metadata
     positions = {
         spare_uuid_of(metadata, index): index
@@ -449,6 +449,12 @@ def choose(surveys: Mapping[str, Survey], now_ns: int | None = None) -> Choice:
         damaged=damaged,
         warnings=tuple(warnings),
     )
+
+
+def only(metadata: Metadata) -> Choice:
+    """The choice of a generation that comes from elsewhere than a spare, such as from a backup."""
+    nothing: frozenset[str] = frozenset()
+    return Choice(metadata, "", {}, nothing, nothing, {}, ())
 
 
 def _refuse_conflicts(surveys: Mapping[str, Survey]) -> None:
@@ -501,10 +507,17 @@ def _no_metadata(surveys: Mapping[str, Survey]) -> str:
     return "no valid copy of a target's metadata" + (f" ({listed})" if listed else "")
 
 
-def _check_lineage(best: Metadata, found: Iterable[tuple[str, Copy]]) -> list[str]:
+def check_lineage(best: Metadata, found: Iterable[tuple[str, Copy]]) -> list[str]:
     """Refuse copies that are not ancestors of `best`; warn where nothing can tell.
 
     An ancestor's digest is in the history of `best`, which is complete until it is full.
+
+    Args:
+        best: the generation that counts.
+        found: copies, each with the name of its device.
+
+    Raises:
+        SplitBrain: histories diverged.
     """
     known = dict(best.history)
     complete = len(best.history) < MAX_HISTORY and (

@@ -593,7 +593,7 @@ def _existing(request: Request, candidates: Sequence[Candidate]) -> copies.Choic
             remedy=f"give the target's own spares, or {_to_erase(choice.metadata)}",
         )
     for candidate in candidates:
-        _check_not_reused(candidate)
+        check_not_reused(candidate)
     return choice
 
 
@@ -608,7 +608,7 @@ def _to_erase(metadata: Metadata) -> str:
     return "wipe: true to begin anew on all of the spares"
 
 
-def _check_not_reused(candidate: Candidate) -> None:
+def check_not_reused(candidate: Candidate) -> None:
     """Refuse a spare that somebody has used for something else since."""
     others = [found for found in candidate.signatures if found != OWN_SIGNATURE]
     if others:
@@ -1139,7 +1139,7 @@ def plan_absent(
             )
         for candidate in marked.values():
             _check_unused(candidate.info, seen.remains, "spare to be wiped")
-            _check_not_reused(candidate)
+            check_not_reused(candidate)
         spares = {index: c.info for index, c in enumerate(marked.values())}
     if metadata.extents and not discard_remaps:
         count = sum(extent.length for extent in metadata.extents)

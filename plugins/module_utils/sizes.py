@@ -21,9 +21,9 @@ def bytes_of(text: str) -> int:
     if not match:
         raise ValueError(f"{text!r} is not a size")
     whole, fraction, unit = match.group(1), match.group(2) or ".", match.group(3)
-    factor = 1024 ** (1 + _UNITS.index(unit.upper())) if unit else 1
-    places = len(fraction) - 1
-    total, rest = divmod(int(whole + fraction[1:]) * factor, 10**places)
+    factor = 1 << 10 * (1 + _UNITS.index(unit.upper())) if unit else 1
+    scale: int = 10 ** (len(fraction) - 1)
+    total, rest = divmod(int(whole + fraction[1:]) * factor, scale)
     if rest:
         raise ValueError(f"{text!r} is a fraction of a byte")
     return total
