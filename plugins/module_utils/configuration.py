@@ -300,7 +300,7 @@ class _Reader:
             return ()
         common = self.assembly(values.get("assemble"), Assembly())
         if "targets" not in values:
-            self.fault(document, "has no targets", "write targets: [] for none")
+            self.fault(document, "the file has no targets", "write targets: [] for none")
             return ()
         items = self.items(values["targets"], "targets") or ()
         entries = [self.entry(item, common) for item in items]

@@ -113,7 +113,7 @@ _dm_remap_targets() {{
         found=""
     fi
     local IFS=$'\\n'
-    COMPREPLY=($(compgen -W "${{words// /$'\\n'}}"$'\\n'"$found" -- "$word"))
+    mapfile -t COMPREPLY < <(compgen -W "${{words// /$'\\n'}}"$'\\n'"$found" -- "$word")
 }}
 
 complete -o filenames -F {function} {name}
@@ -234,10 +234,13 @@ def manual(program: Program) -> str:
         ".SH NAME",
         f"{_roff(program.name)} \\- {_roff(program.help[:1].lower() + program.help[1:])}",
         ".SH SYNOPSIS",
+        # Neither hyphens nor wide gaps in command lines.
+        ".nh",
+        ".ad l",
     ]
     for words, parser in parsers.items():
         lines += [_synopsis(f"{program.name} {words}".strip(), parser), ".br"]
-    lines[-1:] = []
+    lines[-1:] = [".hy", ".ad b"]
     lines += [".SH DESCRIPTION", _roff(f"{program.help}.")]
     for paragraph in program.description:
         lines += [".PP", _roff(paragraph)]
