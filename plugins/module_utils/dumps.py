@@ -67,7 +67,7 @@ def to_document(metadata: Metadata) -> dict[str, Any]:
 
 def to_text(metadata: Metadata) -> str:
     """A generation as JSON text."""
-    return json.dumps(to_document(metadata), indent=2, ensure_ascii=True) + "\n"
+    return json.dumps(to_document(metadata), indent=2, sort_keys=True) + "\n"
 
 
 def from_text(text: str, name: str = "the dump") -> Metadata:

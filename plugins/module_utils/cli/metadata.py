@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from .. import copies, dumps, mending
@@ -192,8 +192,20 @@ def _owned(engine: Engine, name: str) -> Iterator[None]:
         yield
 
 
-def _carry_out(host: Host, engine: Engine, options: argparse.Namespace, plan: Plan) -> Result:
-    """Apply a plan after a confirmation, or say what it is."""
+def _carry_out(
+    host: Host, engine: Engine, options: argparse.Namespace, name: str, make: Callable[[], Plan]
+) -> Result:
+    """Apply a plan after a confirmation, or say what it is.
+
+    Args:
+        host: the host.
+        engine: the engine.
+        options: the command line.
+        name: the target, whose lock is held while something is planned or written.
+        make: looks at the devices and plans.
+    """
+    with _owned(engine, name):
+        plan = make()
     actions = plan.action_dicts()
     data = {
         "target": plan.name,
@@ -201,6 +213,7 @@ def _carry_out(host: Host, engine: Engine, options: argparse.Namespace, plan: Pl
         "changed": plan.changes,
         "dry_run": options.dry_run,
         "actions": actions,
+        "left": [],
     }
     if not plan.changes:
         return Result(data, ["nothing is to do"], warnings=plan.warnings)
@@ -208,13 +221,21 @@ def _carry_out(host: Host, engine: Engine, options: argparse.Namespace, plan: Pl
         lines = ["would be done:", *action_lines(actions)]
         return Result(data, lines, warnings=plan.warnings)
     devices = listed(info.path for info in plan.spares.values())
+    # Without the lock: the healer may need it, and people take their time.
     host.confirm(
         options,
         f"Write generation {data['generation']} of target {plan.name}'s metadata to {devices}?",
     )
-    engine.apply(plan)
-    left = _left(engine, plan)
-    data["left"] = left
+    with _owned(engine, name):
+        again = make()
+        if again.action_dicts() != actions:
+            raise Refused(
+                "something has changed since it was planned, so nothing was written",
+                device=devices,
+                remedy="look again and decide anew",
+            )
+        engine.apply(again)
+        data["left"] = left = _left(engine, again)
     lines = ["done:", *action_lines(actions)]
     code = Exit.FOUND if left else Exit.OK
     return Result(data, lines, code, [*plan.warnings, *left])
@@ -242,15 +263,18 @@ def repair(host: Host, options: argparse.Namespace) -> Result:
             remedy="name one target, or spares of one target by their paths",
         )
     if not paths:
-        with engine.locked(sources[0]):
-            plan = mending.plan_target_repair(engine.require(sources[0]))
-            return _carry_out(host, engine, options, plan)
-    choice = mending.choice_among(engine.see_devices(paths))
-    with _owned(engine, str(choice.metadata.config.get("name", ""))):
+        name = sources[0]
+        return _carry_out(
+            host, engine, options, name, lambda: mending.plan_target_repair(engine.require(name))
+        )
+
+    def plan() -> Plan:
         candidates = engine.see_devices(paths)
         metadata = mending.choice_among(candidates).metadata
-        plan = mending.plan_device_repair(candidates, engine.name_of(metadata.target_uuid))
-        return _carry_out(host, engine, options, plan)
+        return mending.plan_device_repair(candidates, engine.name_of(metadata.target_uuid))
+
+    found = mending.choice_among(engine.see_devices(paths)).metadata
+    return _carry_out(host, engine, options, str(found.config.get("name", "")), plan)
 
 
 def _repair_arguments(parser: argparse.ArgumentParser) -> None:
@@ -269,7 +293,8 @@ def restore(host: Host, options: argparse.Namespace) -> Result:
     """Write a generation from a dump or a backup to a spare."""
     engine = host.engine()
     metadata = _generation_to_restore(host, options)
-    with _owned(engine, str(metadata.config.get("name", ""))):
+
+    def plan() -> Plan:
         (candidate,) = engine.see_devices([options.device])
         index = mending.spare_for(metadata, candidate, options.spare)
         known = mending.Known(
@@ -277,10 +302,11 @@ def restore(host: Host, options: argparse.Namespace) -> Result:
             generation=max(host.backups.generations(metadata.target_uuid), default=0),
         )
         formatted = _formatted(engine, candidate, metadata, index)
-        plan = mending.plan_restore(
+        return mending.plan_restore(
             metadata, candidate, index, formatted, known, options.allow_older
         )
-        return _carry_out(host, engine, options, plan)
+
+    return _carry_out(host, engine, options, str(metadata.config.get("name", "")), plan)
 
 
 def _formatted(engine: Engine, candidate: Candidate, metadata: Metadata, index: int) -> bool:

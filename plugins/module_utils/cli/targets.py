@@ -330,7 +330,7 @@ def history(host: Host, options: argparse.Namespace) -> Result:
     lines = table("GENERATION TIME REMAPPED LOST DIGEST BACKUP".split(), rows)
     if events:
         rows = [
-            [e["sequence"], time_text(e["time_ns"]), e["severity"], e["type"], e["message"]]
+            [e["sequence"], f"{e['time'][:19]}Z", e["severity"], e["type"], e["message"]]
             for e in events
         ]
         lines += ["", *table("EVENT TIME SEVERITY TYPE MESSAGE".split(), rows)]

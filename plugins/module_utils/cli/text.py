@@ -27,7 +27,8 @@ def table(heads: Sequence[str], rows: Iterable[Sequence[object]]) -> list[str]:
     body = [["-" if cell in (None, "") else cell for cell in row] for row in rows]
     shown = [list(heads), *([clean(str(cell)) for cell in row] for row in body)]
     right = [
-        bool(body) and all(_is_number(row[column]) or row[column] == "-" for row in body)
+        any(_is_number(row[column]) for row in body)
+        and all(_is_number(row[column]) or row[column] == "-" for row in body)
         for column in range(len(heads))
     ]
     widths = [max(len(row[column]) for row in shown) for column in range(len(heads))]
