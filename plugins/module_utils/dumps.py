@@ -13,8 +13,8 @@ import base64
 import binascii
 import json
 import uuid
-from collections.abc import Mapping
-from dataclasses import asdict
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, fields
 from typing import Any
 
 from .errors import DmRemapError, Refused
@@ -29,6 +29,10 @@ _KEYS = (
     "kind version target_uuid generation timestamp_ns host_id parent_digest digest config health "
     "extents lost history unknown_sections"
 ).split()
+_EXTENT = tuple(field.name for field in fields(Extent))
+_LOST = tuple(field.name for field in fields(LostRange))
+_ANCESTOR = ("generation", "digest")
+_SECTION = ("type", "payload")
 
 
 class BadDump(Refused):
@@ -55,11 +59,11 @@ def to_document(metadata: Metadata) -> dict[str, Any]:
         "extents": [asdict(extent) for extent in metadata.extents],
         "lost": [asdict(lost) for lost in metadata.lost],
         "history": [
-            {"generation": generation, "digest": digest.hex()}
+            dict(zip(_ANCESTOR, (generation, digest.hex())))
             for generation, digest in metadata.history
         ],
         "unknown_sections": [
-            {"type": number, "payload": base64.b64encode(payload).decode()}
+            dict(zip(_SECTION, (number, base64.b64encode(payload).decode())))
             for number, payload in metadata.unknown_sections
         ],
     }
@@ -67,7 +71,7 @@ def to_document(metadata: Metadata) -> dict[str, Any]:
 
 def to_text(metadata: Metadata) -> str:
     """A generation as JSON text."""
-    return json.dumps(to_document(metadata), indent=2, sort_keys=True) + "\n"
+    return _text(to_document(metadata))
 
 
 def from_text(text: str, name: str = "the dump") -> Metadata:
@@ -100,7 +104,7 @@ def from_document(document: Mapping[str, Any], name: str = "the dump") -> Metada
         raise _bad(name, f"lacks these keys, or has them too many: {odd}")
     try:
         metadata = _metadata(document)
-        digest = metadata.digest.hex()
+        unchanged = _text(to_document(metadata)) == _text(document)
     except DmRemapError as error:
         raise _bad(name, f"cannot be: {error.message}") from error
     except (
@@ -113,9 +117,13 @@ def from_document(document: Mapping[str, Any], name: str = "the dump") -> Metada
         binascii.Error,
     ) as error:
         raise _bad(name, f"is not as it was written: {error!r}") from error
-    if digest != document["digest"]:
-        raise _bad(name, "was changed: its content does not have the digest that it names")
+    if not unchanged:
+        raise _bad(name, "was changed: its content does not give the digest that it names")
     return metadata
+
+
+def _text(document: Mapping[str, Any]) -> str:
+    return json.dumps(document, indent=2, sort_keys=True) + "\n"
 
 
 def _metadata(document: Mapping[str, Any]) -> Metadata:
@@ -131,22 +139,25 @@ def _metadata(document: Mapping[str, Any]) -> Metadata:
         config=document["config"],
         health=document["health"],
         extents=tuple(
-            Extent(**{key: _number(value) for key, value in item.items()})
-            for item in document["extents"]
+            Extent(*map(_number, _values(item, _EXTENT))) for item in document["extents"]
         ),
-        lost=tuple(
-            LostRange(**{key: _number(value) for key, value in item.items()})
-            for item in document["lost"]
-        ),
+        lost=tuple(LostRange(*map(_number, _values(item, _LOST))) for item in document["lost"]),
         unknown_sections=tuple(
-            (_number(item["type"]), base64.b64decode(item["payload"], validate=True))
-            for item in document["unknown_sections"]
+            (_number(number), base64.b64decode(payload, validate=True))
+            for number, payload in (_values(i, _SECTION) for i in document["unknown_sections"])
         ),
         history=tuple(
-            (_number(item["generation"]), bytes.fromhex(item["digest"]))
-            for item in document["history"]
+            (_number(generation), bytes.fromhex(digest))
+            for generation, digest in (_values(i, _ANCESTOR) for i in document["history"])
         ),
     )
+
+
+def _values(item: Mapping[str, Any], keys: Sequence[str]) -> list[Any]:
+    """The values of an entry that has these keys and no others."""
+    if set(item) != set(keys):
+        raise ValueError(f"{item!r} does not have the keys {', '.join(keys)}")
+    return [item[key] for key in keys]
 
 
 def _number(value: object) -> int:

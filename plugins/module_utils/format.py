@@ -454,6 +454,8 @@ class Metadata:
     @cached_property
     def digest(self) -> bytes:
         """SHA-256 that names this generation; equal on every copy and spare, chained by parent."""
+        # First, because it checks what is packed here.
+        body = self.body
         head = _DIGEST_HEAD.pack(
             MAGIC,
             MAJOR,
@@ -464,7 +466,7 @@ class Metadata:
             self.timestamp_ns,
             self.parent_digest,
         )
-        return hashlib.sha256(head + self.body).digest()
+        return hashlib.sha256(head + body).digest()
 
     def successor(self, timestamp_ns: int, **changes: Any) -> Metadata:
         """The next generation, with `changes` to other fields.

@@ -417,6 +417,7 @@ def test_an_active_target_is_not_touched(desk: Desk) -> None:
 def test_another_disk_is_not_taken_for_the_spare(stopped: Desk) -> None:
     kernel = stopped.scene.kernel
     new = kernel.add_disk("new", stopped.scene.spares[0].sectors)
+    new.serial = ""
     backup = f"--backup {NAME}"
     refused(stopped, f"/dev/new {backup}", "nothing tells which spare of the target it is")
     refused(stopped, f"/dev/new {backup} --spare 7", "there is no spare 7")
@@ -440,6 +441,7 @@ def test_another_disk_is_not_taken_for_the_spare(stopped: Desk) -> None:
 
 def test_a_fresh_disk_without_chunks_is_formatted_first(stopped: Desk) -> None:
     new = stopped.scene.kernel.add_disk("new", stopped.scene.spares[1].sectors)
+    new.serial = ""
     geometry = geometry_of(from_text(dumped(stopped)), 1)
     old_tags = geometry.tag_start + 100
     new.fill(old_tags, b"x" * SECTOR)

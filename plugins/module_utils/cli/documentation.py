@@ -136,7 +136,7 @@ def completion(program: Program) -> str:
     return _COMPLETION.format(
         name=program.name,
         function=function,
-        words="\n".join(known) or "        '') ;;",
+        words="\n".join(known),
         commands="\n".join(cases),
     )
 
