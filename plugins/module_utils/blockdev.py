@@ -18,7 +18,7 @@ import subprocess
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 
-from .errors import DmRemapError
+from .errors import DmRemapError, Refused
 
 SECTOR_BYTES = 512
 
@@ -214,18 +214,18 @@ def describe(path: str) -> DeviceInfo:
     """Describe the block device at ``path`` (a node or a link to one).
 
     Raises:
-        DmRemapError: there is no such device or it is not a block device.
+        Refused: there is no such device or it is not a block device.
     """
     try:
         status = os.stat(path)
     except OSError as error:
-        raise DmRemapError(
+        raise Refused(
             f"no such device: {os.strerror(error.errno or 0)}",
             device=path or "''",
             remedy="name an existing block device",
         ) from error
     if not stat.S_ISBLK(status.st_mode):
-        raise DmRemapError("is not a block device", device=path, remedy="name a block device")
+        raise Refused("is not a block device", device=path, remedy="name a block device")
     devno = f"{os.major(status.st_rdev)}:{os.minor(status.st_rdev)}"
     with BlockDevice(path) as device:
         sectors, logical_block = device.sectors, device.logical_block

@@ -229,7 +229,7 @@ def test_lost_sectors_and_chunks_that_stay_end_with_4(desk: Desk) -> None:
         (f"{NAME} 197", 3, "sectors 197+1 are not on the target, which has 197 sectors"),
         (f"{NAME} 1+0", 3, "sectors 1+0 are not on the target"),
         (f"{NAME} 1 --expected-generation 7", 3, "generation"),
-        ("a/b 1", 1, "not a valid target name"),
+        ("a/b 1", 3, "not a valid target name"),
         (f"{NAME} -1", 2, "'-1' is not START or START+COUNT"),
         (f"{NAME} 1-5", 2, "'1-5' is not START or START+COUNT in sectors"),
         (f"{NAME} 1+", 2, "'1+' is not START"),
