@@ -8,6 +8,7 @@ Each file is copy 0 of the generation, as it stands on the target's first spare.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import uuid
 
@@ -53,6 +54,23 @@ class Backups:
         os.replace(path + ".new", path)
         for old in sorted(os.listdir(folder))[:-KEPT]:
             os.unlink(os.path.join(folder, old))
+
+    def targets(self) -> list[uuid.UUID]:
+        """The targets that have a folder here, in the order of their UUIDs."""
+        found = []
+        try:
+            names = os.listdir(self.folder)
+        except OSError:
+            return []
+        for name in names:
+            with contextlib.suppress(ValueError):
+                found.append(uuid.UUID(name))
+        return sorted(found)
+
+    def named(self, name: str) -> list[Metadata]:
+        """The newest readable generation of each target that was called ``name`` in it."""
+        newest = [self.newest(target) for target in self.targets()]
+        return [found for found in newest if found and found.config.get("name") == name]
 
     def generations(self, target: uuid.UUID) -> list[int]:
         """The generations of a target that are here, the newest first."""

@@ -19,7 +19,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from . import kernel_v4
-from .errors import DmRemapError
+from .errors import DmRemapError, Refused
 
 SECTOR_BYTES = 512
 
@@ -229,18 +229,18 @@ def devno_of(path: str) -> str:
     """Device number ``major:minor`` of the block device at ``path`` (a node or a link to one).
 
     Raises:
-        DmRemapError: there is no such device or it is not a block device.
+        Refused: there is no such device or it is not a block device.
     """
     try:
         status = os.stat(path)
     except OSError as error:
-        raise DmRemapError(
+        raise Refused(
             f"no such device: {os.strerror(error.errno or 0)}",
             device=path or "''",
             remedy="name an existing block device",
         ) from error
     if not stat.S_ISBLK(status.st_mode):
-        raise DmRemapError("is not a block device", device=path, remedy="name a block device")
+        raise Refused("is not a block device", device=path, remedy="name a block device")
     return f"{os.major(status.st_rdev)}:{os.minor(status.st_rdev)}"
 
 
@@ -248,7 +248,7 @@ def describe(path: str) -> DeviceInfo:
     """Describe the block device at ``path`` (a node or a link to one).
 
     Raises:
-        DmRemapError: there is no such device or it is not a block device.
+        Refused: there is no such device or it is not a block device.
     """
     devno = devno_of(path)
     with BlockDevice(path) as device:

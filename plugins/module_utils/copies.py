@@ -184,6 +184,9 @@ class Notice:
     key: str
     message: str
 
+    def __str__(self) -> str:
+        return self.message if self.code == "future" else f"{self.key} {self.message}"
+
 
 @dataclass(frozen=True)
 class Choice:
@@ -210,10 +213,7 @@ class Choice:
     @property
     def warnings(self) -> tuple[str, ...]:
         """The notices as sentences."""
-        return tuple(
-            notice.message if notice.code == "future" else f"{notice.key} {notice.message}"
-            for notice in self.notices
-        )
+        return tuple(map(str, self.notices))
 
     @property
     def missing(self) -> tuple[int, ...]:
@@ -436,7 +436,7 @@ def choose(surveys: Mapping[str, Survey], now_ns: int | None = None) -> Choice:
     if not found:
         raise NoMetadata(_no_metadata(surveys), device=", ".join(surveys) or None)
     source, best = max(found, key=lambda item: _rank(item[1]))
-    notices = _check_lineage(best.metadata, found)
+    notices = check_lineage(best.metadata, found)
     metadata = best.metadata
     positions = {
         spare_uuid_of(metadata, index): index
@@ -482,6 +482,12 @@ def choose(surveys: Mapping[str, Survey], now_ns: int | None = None) -> Choice:
         damaged=damaged,
         notices=tuple(notices),
     )
+
+
+def only(metadata: Metadata) -> Choice:
+    """The choice of a generation that comes from elsewhere than a spare, such as from a backup."""
+    nothing: frozenset[str] = frozenset()
+    return Choice(metadata, "", {}, nothing, nothing, {}, ())
 
 
 def _refuse_conflicts(surveys: Mapping[str, Survey]) -> None:
@@ -534,10 +540,17 @@ def _no_metadata(surveys: Mapping[str, Survey]) -> str:
     return "no valid copy of a target's metadata" + (f" ({listed})" if listed else "")
 
 
-def _check_lineage(best: Metadata, found: Iterable[tuple[str, Copy]]) -> list[Notice]:
+def check_lineage(best: Metadata, found: Iterable[tuple[str, Copy]]) -> list[Notice]:
     """Refuse copies that are not ancestors of `best`; warn where nothing can tell.
 
     An ancestor's digest is in the history of `best`, which is complete until it is full.
+
+    Args:
+        best: the generation that counts.
+        found: copies, each with the name of its device.
+
+    Raises:
+        SplitBrain: histories diverged.
     """
     known = dict(best.history)
     complete = len(best.history) < MAX_HISTORY and (

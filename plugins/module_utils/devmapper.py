@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Callable
 
-from .errors import DmRemapError, MissingKernelFeature
+from .errors import DmRemapError, MissingKernelFeature, Refused
 
 NAME_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]{0,95}\Z")
 
@@ -175,10 +175,10 @@ def check_name(name: str) -> str:
     """Return ``name`` if it can be a target's name.
 
     Raises:
-        DmRemapError: for anything but 1 to 96 of ``A-Z a-z 0-9 . _ + -``, first one alphanumeric.
+        Refused: for anything but 1 to 96 of ``A-Z a-z 0-9 . _ + -``, first one alphanumeric.
     """
     if not NAME_PATTERN.match(name):
-        raise DmRemapError(
+        raise Refused(
             "not a valid target name",
             device=repr(name),
             remedy="use 1 to 96 of the characters A-Z a-z 0-9 . _ + -, the first a letter or digit",

@@ -76,6 +76,9 @@ FAILING_SECONDS = 1.0
 # The daemon's reflex holds a lock on this file in the lock folder while it runs.
 HEALER_LOCK = ".healer.lock"
 
+# What dm-integrity's superblock starts with (SB_MAGIC in the kernel's drivers/md/dm-integrity.c).
+INTEGRITY_MAGIC = b"integrt\0"
+
 _KERNEL_TARGETS = ("integrity", "delay", "multipath")
 # A spare on which so many chosen places are bad is not used for the remap.
 _BAD_PLACES = 3
@@ -794,6 +797,44 @@ class Engine:
             candidate = self._candidate(device, with_signatures=True)
         return SpareSeen(target, candidate, devnos)
 
+    def see_devices(self, paths: Sequence[str], signatures: bool = True) -> tuple[Candidate, ...]:
+        """Observe devices: who each is and what is on it.
+
+        Args:
+            paths: the devices.
+            signatures: look for what else is on them, as anything that writes to them must.
+
+        Raises:
+            DmRemapError: one does not exist, is no block device, or cannot be examined.
+        """
+        return tuple(self._candidate(path, with_signatures=signatures) for path in paths)
+
+    def is_formatted(self, path: str, geometry: Geometry) -> bool:
+        """Whether the tag area of a spare has been given to dm-integrity.
+
+        Raises:
+            DmRemapError: that cannot be read.
+        """
+        try:
+            with self._blocks.BlockDevice(path) as device:
+                start = device.read(geometry.tag_start, geometry.block_sectors)
+        except OSError as error:
+            raise DmRemapError(
+                f"sector {geometry.tag_start}, where its tag area begins, cannot be read: "
+                f"{os.strerror(error.errno or 0)}",
+                device=path,
+                remedy="replace the spare",
+            ) from error
+        return start.startswith(INTEGRITY_MAGIC)
+
+    def name_of(self, target: uuid.UUID) -> str:
+        """Name of the active target that has this UUID, or ""."""
+        for name in self.target_names():
+            info = self._mapper.info(name)
+            if info and info.uuid == stack.UUID_PREFIX + target.hex:
+                return name
+        return ""
+
     def _other_mains(self, candidates: Sequence[Candidate]) -> Iterator[DeviceInfo]:
         """Devices that may be a main of the replacement that an inactive target is in."""
         found = [copy.metadata for c in candidates for copy in c.survey.copies]
@@ -1220,6 +1261,12 @@ class Engine:
             # It stays behind, as a spare that a commit left out.
             self._left_out.setdefault(choice.metadata.target_uuid, set()).add(index)
             self._progress(str(error))
+
+    def _do_restore_metadata(self, plan: Plan, action: planner.Action) -> None:
+        metadata = _metadata_of(plan)
+        spare_uuid = spare_uuid_of(metadata, _index_of(plan, action.device))
+        with self._blocks.BlockDevice(action.device, writable=True) as device:
+            copies.repair(device, copies.only(metadata), spare_uuid)
 
     def _do_wipe_main(self, plan: Plan, action: planner.Action) -> None:
         self._blocks.erase_signatures(action.device)
@@ -1730,6 +1777,46 @@ class Engine:
         """Plan the return of chunks to main, but for those with sectors that cannot be read."""
         lost = extents.merge_sectors(self.lost_before(target, ranges))
         return planner.plan_return(target, ranges, expected_generation, lost)
+
+    def change_sectors(
+        self,
+        name: str,
+        ranges: Sequence[tuple[int, int]],
+        *,
+        returned: bool,
+        expected_generation: int | None = None,
+        patience: Patience | None = None,
+        files_seconds: float = 60,
+        check: bool = False,
+    ) -> RemapReport:
+        """Remap or return chunks under the target's lock, and find out whom lost sectors belong to.
+
+        Args:
+            name: the target.
+            ranges: pairs of first sector and count on the target.
+            returned: back to main, otherwise to a spare.
+            expected_generation: refuse unless the metadata is at this generation.
+            patience: how hard to try to read failing blocks.
+            files_seconds: how long to look for the files of lost sectors; 0 does not look.
+            check: change nothing; the report says what would be done.
+
+        Raises:
+            Refused: nothing was changed.
+            DmRemapError: a step failed; the target is as its metadata says.
+        """
+        with self.locked(name):
+            if check:
+                target = self.require(name)
+                plan_for = self.plan_return if returned else planner.plan_remap
+                plan = plan_for(target, ranges, expected_generation)
+                lost = self.lost_before(target, ranges)
+                report = RemapReport(plan, staying(target, lost) if returned else [], lost)
+            else:
+                change = self.return_to_main if returned else self.remap
+                report = change(name, ranges, expected_generation, patience)
+        if files_seconds > 0:
+            self.find_files(name, report, files_seconds)
+        return report
 
     def _by_plan(
         self,

@@ -454,6 +454,8 @@ class Metadata:
     @cached_property
     def digest(self) -> bytes:
         """SHA-256 that names this generation; equal on every copy and spare, chained by parent."""
+        # First, because it checks what is packed here.
+        body = self.body
         head = _DIGEST_HEAD.pack(
             MAGIC,
             MAJOR,
@@ -464,7 +466,7 @@ class Metadata:
             self.timestamp_ns,
             self.parent_digest,
         )
-        return hashlib.sha256(head + self.body).digest()
+        return hashlib.sha256(head + body).digest()
 
     def successor(self, timestamp_ns: int, **changes: Any) -> Metadata:
         """The next generation, with `changes` to other fields.
@@ -528,7 +530,7 @@ def _dump_json(name: str, value: dict[str, Any]) -> bytes:
             value, ensure_ascii=False, allow_nan=False, sort_keys=True, separators=(",", ":")
         )
         raw = text.encode()
-        if _load_json(raw) != value:
+        if load_json(raw.decode()) != value:
             _bad(f"{name} holds something that JSON does not give back unchanged")
     except (TypeError, ValueError, RecursionError) as error:
         raise BadMetadata(f"{name} is not JSON: {error}") from error
@@ -545,8 +547,13 @@ def _no_constant(name: str) -> NoReturn:
     raise ValueError(f"{name} is not JSON")
 
 
-def _load_json(raw: bytes) -> dict[str, Any]:
-    value = json.loads(raw.decode(), parse_int=_int_of_64_bits, parse_constant=_no_constant)
+def load_json(text: str) -> dict[str, Any]:
+    """The JSON object in a text that holds only what metadata may hold.
+
+    Raises:
+        ValueError: it is none.
+    """
+    value = json.loads(text, parse_int=_int_of_64_bits, parse_constant=_no_constant)
     if not isinstance(value, dict):
         raise ValueError("not a JSON object")
     return value
@@ -828,8 +835,8 @@ def _parse_body(header: Header, body: bytes) -> Metadata:
         timestamp_ns=header.timestamp_ns,
         host_id=header.host_id,
         parent_digest=header.parent_digest,
-        config=_load_json(sections[SECTION_CONFIG]),
-        health=_load_json(sections[SECTION_HEALTH]),
+        config=load_json(sections[SECTION_CONFIG].decode()),
+        health=load_json(sections[SECTION_HEALTH].decode()),
         extents=tuple(
             Extent(
                 logical=first & _MASK_48,

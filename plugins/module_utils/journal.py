@@ -10,10 +10,12 @@ number is used twice, not even after old events were removed.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import sqlite3
 import time
+import urllib.parse
 import uuid
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -337,6 +339,38 @@ class Journal:
 
     def _transaction(self) -> _Transaction:
         return _Transaction(self._database)
+
+
+def newest_of_target(path: str, target: str, limit: int) -> list[dict[str, Any]]:
+    """The newest events of a target, the oldest first, from a journal that a daemon may be using.
+
+    Args:
+        path: the journal; nothing is written to it.
+        target: the target's name.
+        limit: number of events at most.
+
+    Raises:
+        DamagedJournal: the file is damaged.
+        DmRemapError: it cannot be read.
+    """
+    found: list[dict[str, Any]] = []
+    try:
+        database = sqlite3.connect(f"file:{urllib.parse.quote(path)}?mode=ro", uri=True)
+        with contextlib.closing(database):
+            # Few of the events are parsed: this is how `_json` writes the name.
+            rows = database.execute(
+                "SELECT body FROM event WHERE instr(body, ?) ORDER BY id DESC",
+                (f'"target":{json.dumps(target)}',),
+            )
+            for (body,) in rows:
+                event = json.loads(body)
+                if event["target"] == target:
+                    found.append(event)
+                if len(found) == limit:
+                    break
+    except (sqlite3.Error, ValueError) as error:
+        raise failure(path, error) from error
+    return found[::-1]
 
 
 class _Transaction:

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import uuid
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Protocol
 
@@ -37,6 +37,9 @@ DEFAULT_CHUNK_BYTES = 65536
 LOGICAL_BLOCKS = (512, 4096)
 HOLD, FAIL = "hold", "fail"
 NO_SHIM, RAID_SHIM, AUTO_SHIM = "none", "raid", "auto"
+# The values that a user may give.
+ON_ERROR = (HOLD, FAIL)
+SHIMS = (NO_SHIM, RAID_SHIM, AUTO_SHIM)
 # Actions that are begun under the target's lock and carried on without it.
 REPLACE, UNDO = "replace_main", "undo_replacement"
 
@@ -440,41 +443,53 @@ def plan_present(
     return _plan_activation(request, main, seen, choice)
 
 
-def _check_request(request: Request) -> None:
-    check_name(request.name)
-    if request.on_error not in (None, HOLD, FAIL):
-        raise Refused(
-            f"on_error {request.on_error!r} is not known",
-            device=request.name,
-            remedy=f"use {HOLD} or {FAIL}",
-        )
-    if request.shim not in (None, NO_SHIM, RAID_SHIM, AUTO_SHIM):
-        raise Refused(
-            f"shim {request.shim!r} is not known",
-            device=request.name,
-            remedy=f"use {NO_SHIM}, {RAID_SHIM} or {AUTO_SHIM}",
-        )
+def request_faults(request: Request) -> Iterator[tuple[str, DmRemapError]]:
+    """What of a request cannot be, whatever is on the host: the field of `Request`, and why."""
+    try:
+        check_name(request.name)
+    except DmRemapError as error:
+        yield "name", error
+    for field_name, value, known in (
+        ("on_error", request.on_error, ON_ERROR),
+        ("shim", request.shim, SHIMS),
+        ("allocation", request.allocation, pool.POLICIES),
+    ):
+        if value not in (None, *known):
+            listed = f"{', '.join(known[:-1])} or {known[-1]}"
+            yield (
+                field_name,
+                Refused(
+                    f"{field_name} {value!r} is not known",
+                    device=request.name,
+                    remedy=f"use {listed}",
+                ),
+            )
     if not 1 <= len(request.spares) <= MAX_SPARES:
-        raise Refused(
-            f"has {len(request.spares)} spares",
-            device=request.name,
-            remedy=f"give 1 to {MAX_SPARES} spares",
+        yield (
+            "spares",
+            Refused(
+                f"has {count_of(len(request.spares), 'spare')}",
+                device=request.name,
+                remedy=f"give 1 to {MAX_SPARES} spares",
+            ),
         )
     size = request.chunk_bytes
     if size is not None and not (
         MIN_CHUNK_BYTES <= size <= MAX_CHUNK_BYTES and size & (size - 1) == 0
     ):
-        raise Refused(
-            f"a chunk of {size} bytes is not possible",
-            device=request.name,
-            remedy="use a power of two from 4 KiB to 1 MiB",
+        yield (
+            "chunk_bytes",
+            Refused(
+                f"a chunk of {size} bytes is not possible",
+                device=request.name,
+                remedy="use a power of two from 4 KiB to 1 MiB",
+            ),
         )
-    if request.allocation not in (None, *pool.POLICIES):
-        raise Refused(
-            f"allocation {request.allocation!r} is not known",
-            device=request.name,
-            remedy=f"use one of {', '.join(pool.POLICIES)}",
-        )
+
+
+def _check_request(request: Request) -> None:
+    for _field_name, error in request_faults(request):
+        raise error
 
 
 def _policies(request: Request, config: Mapping[str, Any]) -> dict[str, Any]:
@@ -631,7 +646,7 @@ def _existing(request: Request, candidates: Sequence[Candidate]) -> copies.Choic
     if migration.unfinished(choice.metadata):
         for candidate in candidates:
             if not candidate.survey.empty:
-                _check_not_reused(candidate)
+                check_not_reused(candidate)
         if len(_unreached(choice, candidates)) < len(choice.missing):
             # Another spare might say that the migration has ended, and what is here is in use.
             raise Refused(
@@ -650,7 +665,7 @@ def _existing(request: Request, candidates: Sequence[Candidate]) -> copies.Choic
             remedy=f"give the target's own spares, or {_to_erase(choice.metadata)}",
         )
     for candidate in candidates:
-        _check_not_reused(candidate)
+        check_not_reused(candidate)
     return choice
 
 
@@ -702,7 +717,7 @@ def _to_erase(metadata: Metadata) -> str:
     return "wipe: true to begin anew on all of the spares"
 
 
-def _check_not_reused(candidate: Candidate) -> None:
+def check_not_reused(candidate: Candidate) -> None:
     """Refuse a spare that somebody has used for something else since."""
     others = [found for found in candidate.signatures if found != OWN_SIGNATURE]
     if others:
@@ -759,7 +774,7 @@ def _plan_activation(request: Request, main: DeviceInfo, seen: Seen, choice: cop
                 device=request.name,
                 remedy="give all of the target's spares",
             )
-        _check_identity(candidate.info, entry, f"spare {index}")
+        check_identity(candidate.info, entry, f"spare {index}")
         spares[index] = candidate.info
     if by_uuid:
         raise Refused(
@@ -1031,10 +1046,11 @@ def _check_main_identity(main: DeviceInfo, metadata: Metadata) -> None:
             device=main.path,
             remedy="give the target's own main",
         )
-    _check_identity(main, recorded, "main")
+    check_identity(main, recorded, "main")
 
 
-def _check_identity(info: DeviceInfo, recorded: Mapping[str, Any], role: str) -> None:
+def check_identity(info: DeviceInfo, recorded: Mapping[str, Any], role: str) -> None:
+    """Refuse a device that is not the one that the metadata describes in that role."""
     known, mine = fingerprint.of_entry(recorded), fingerprint.of_info(info)
     for key, theirs, own in fingerprint.contradictions(known, mine):
         raise Refused(
@@ -1336,7 +1352,7 @@ def plan_absent(
             )
         for candidate in marked.values():
             _check_unused(candidate.info, seen.remains, "spare to be wiped")
-            _check_not_reused(candidate)
+            check_not_reused(candidate)
         spares = {index: c.info for index, c in enumerate(marked.values())}
     if metadata.extents and not discard_remaps:
         count = sum(extent.length for extent in metadata.extents)

@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from . import pool, replacement
-from .errors import count_of
+from .errors import DmRemapError, count_of
 from .extents import merge_sectors
 from .files import Owner
 from .planner import (
@@ -80,6 +80,25 @@ def describe_target(target: ActiveTarget) -> dict[str, Any]:
             *pool_warnings(metadata, usable_geometries(target)),
         ],
     }
+
+
+def describe_each(
+    names: Iterable[str], require: Callable[[str], ActiveTarget]
+) -> list[dict[str, Any]]:
+    """Targets as plain data; one that cannot be described does not hide the others.
+
+    Args:
+        names: their names.
+        require: gives a target, or raises DmRemapError.
+    """
+    return [_describe_or_error(name, require) for name in names]
+
+
+def _describe_or_error(name: str, require: Callable[[str], ActiveTarget]) -> dict[str, Any]:
+    try:
+        return describe_target(require(name))
+    except DmRemapError as error:
+        return {"name": name, "device": f"/dev/mapper/{name}", "error": str(error)}
 
 
 def _describe_replacement(target: ActiveTarget) -> dict[str, Any] | None:
@@ -185,6 +204,17 @@ def describe_chunk(chunk: RemappedChunk) -> dict[str, Any]:
 def describe_owner(owner: Owner) -> dict[str, Any]:
     """Whom lost sectors belonged to, as plain data with names that can be printed."""
     return {**asdict(owner), "paths": [printable(path) for path in owner.paths]}
+
+
+def warnings_of_remap(name: str, report: RemapReport) -> list[str]:
+    """What the user should know of a remap, or of a return, of target ``name``."""
+    found = list(report.plan.warnings)
+    for chunk in report.staying:
+        found.append(f"{name}: chunk {chunk.chunk} stays on spare {chunk.spare}: {chunk.reason}")
+    if report.lost:
+        lost = count_of(sum(count for _start, count in report.lost), "sector")
+        found.append(f"{name}: {lost} could not be read and must be taken for lost")
+    return found + [f"{name}: {warning}" for warning in unknown_owners(report.files)]
 
 
 def _short(path: str) -> str:

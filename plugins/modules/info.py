@@ -383,7 +383,7 @@ from ansible.module_utils.basic import AnsibleModule
 
 from ..module_utils.engine import Engine
 from ..module_utils.errors import DmRemapError
-from ..module_utils.report import describe_target
+from ..module_utils.report import describe_each, describe_target
 
 
 def main() -> None:
@@ -395,18 +395,10 @@ def main() -> None:
         if module.params["name"] is not None:
             targets = [describe_target(engine.require(module.params["name"]))]
         else:
-            targets = [describe(engine, name) for name in engine.target_names()]
+            targets = describe_each(engine.target_names(), engine.require)
     except DmRemapError as error:
         module.fail_json(msg=str(error), device=error.device, remedy=error.remedy)
     module.exit_json(changed=False, targets=targets)
-
-
-def describe(engine: Engine, name: str) -> dict:
-    """One target, or why it cannot be described."""
-    try:
-        return describe_target(engine.require(name))
-    except DmRemapError as error:
-        return {"name": name, "device": f"/dev/mapper/{name}", "error": str(error)}
 
 
 if __name__ == "__main__":

@@ -322,10 +322,9 @@ seconds:
 
 from ansible.module_utils.basic import AnsibleModule
 
-from ..module_utils.engine import Engine, RemapReport, staying
-from ..module_utils.errors import DmRemapError, count_of
-from ..module_utils.planner import plan_remap
-from ..module_utils.report import describe_remap, diff_of, unknown_owners
+from ..module_utils.engine import Engine
+from ..module_utils.errors import DmRemapError
+from ..module_utils.report import describe_remap, diff_of, warnings_of_remap
 from ..module_utils.salvage import Patience
 
 
@@ -369,28 +368,17 @@ def run(module: AnsibleModule) -> None:
     patience = Patience(retries=params["retries"], budget=params["salvage_seconds"])
     engine = Engine(guard=True)
     engine.check_host()
-    with engine.locked(name):
-        returned = params["state"] == "returned"
-        if module.check_mode:
-            target = engine.require(name)
-            plan_for = engine.plan_return if returned else plan_remap
-            plan = plan_for(target, ranges, params["expected_generation"])
-            lost = engine.lost_before(target, ranges)
-            report = RemapReport(plan, staying(target, lost) if returned else [], lost)
-        else:
-            change = engine.return_to_main if returned else engine.remap
-            report = change(name, ranges, params["expected_generation"], patience)
-    if params["files_seconds"] > 0:
-        engine.find_files(name, report, params["files_seconds"])
-    for warning in report.plan.warnings:
+    report = engine.change_sectors(
+        name,
+        ranges,
+        returned=params["state"] == "returned",
+        expected_generation=params["expected_generation"],
+        patience=patience,
+        files_seconds=params["files_seconds"],
+        check=module.check_mode,
+    )
+    for warning in warnings_of_remap(name, report):
         module.warn(warning)
-    for chunk in report.staying:
-        module.warn(f"{name}: chunk {chunk.chunk} stays on spare {chunk.spare}: {chunk.reason}")
-    if report.lost:
-        lost = count_of(sum(count for _start, count in report.lost), "sector")
-        module.warn(f"{name}: {lost} could not be read and must be taken for lost")
-    for warning in unknown_owners(report.files):
-        module.warn(f"{name}: {warning}")
     module.exit_json(
         changed=report.plan.changes,
         actions=report.plan.action_dicts(),

@@ -280,8 +280,8 @@ target:
 """
 
 from ansible.module_utils.basic import AnsibleModule
-from ansible.module_utils.common.text.formatters import human_to_bytes
 
+from ..module_utils.configuration import request_of
 from ..module_utils.engine import Engine, request_seen
 from ..module_utils.errors import DmRemapError, Refused, count_of
 from ..module_utils.planner import (
@@ -295,6 +295,7 @@ from ..module_utils.planner import (
 )
 from ..module_utils.replacing import Pace
 from ..module_utils.report import describe_migration, describe_target, diff_of
+from ..module_utils.sizes import bytes_of
 
 
 def main() -> None:
@@ -372,8 +373,8 @@ def pace_from(module: AnsibleModule) -> Pace:
     """How fast to copy."""
     rate = module.params["copy_rate"]
     try:
-        return Pace(rate=human_to_bytes(rate))
-    except (ValueError, OverflowError) as error:
+        return Pace(rate=bytes_of(rate))
+    except ValueError as error:
         raise Refused(
             f"copy_rate {rate!r} is not a number of bytes",
             device=module.params["name"],
@@ -381,39 +382,9 @@ def pace_from(module: AnsibleModule) -> Pace:
         ) from error
 
 
-def size_from(module: AnsibleModule, option: str, remedy: str) -> int | None:
-    """A number of bytes, or None where it is not given."""
-    given = module.params[option]
-    if given is None:
-        return None
-    try:
-        return int(human_to_bytes(given))
-    except (ValueError, OverflowError) as error:
-        raise Refused(
-            f"{option} {given!r} is not a size", device=module.params["name"], remedy=remedy
-        ) from error
-
-
 def request_from(module: AnsibleModule) -> Request:
     """The target that the arguments ask for."""
-    params = module.params
-    thresholds = params["thresholds"] or {}
-    return Request(
-        name=params["name"],
-        main=params["main"],
-        spares=tuple(params["spares"]),
-        chunk_bytes=size_from(module, "chunk_size", "use a power of two from 4K to 1M"),
-        on_error=params["on_error"],
-        shim=params["shim"],
-        wipe=params["wipe"],
-        discard_remaps=params["discard_remaps"],
-        allocation=params["allocation"],
-        warn=thresholds.get("warn"),
-        critical=thresholds.get("critical"),
-        migrate_from=params["migrate_from"],
-        migrate_pending=params["migrate_pending"],
-        migrate_unit=size_from(module, "migrate_unit", "use a size such as 4K"),
-    )
+    return request_of(module.params)
 
 
 def absence(engine: Engine, module: AnsibleModule) -> Plan:

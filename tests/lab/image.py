@@ -26,8 +26,8 @@ ROOT_SIZE = "3G"
 PACKAGES = (
     "linux-image-amd64 systemd-sysv udev kmod util-linux iproute2 procps less sudo ca-certificates "
     "openssh-server openssl python3 python3-apt python3-pyudev python3-aiohttp "
-    "python3-prometheus-client dmsetup libdevmapper1.02.1 lvm2 mdadm e2fsprogs xfsprogs fio "
-    "nvme-cli smartmontools postgresql"
+    "python3-prometheus-client python3-yaml dmsetup libdevmapper1.02.1 lvm2 mdadm e2fsprogs "
+    "xfsprogs fio nvme-cli smartmontools postgresql"
 ).split()
 
 # Units that cost boot time, or that touch the disks behind a test's back.

@@ -48,7 +48,7 @@ from typing import Union
 from dm_remap import kernel_v4
 from dm_remap.blockdev import OWN_SIGNATURE, DeviceInfo, Use
 from dm_remap.devmapper import MappedDevice, Segment
-from dm_remap.errors import DmRemapError
+from dm_remap.errors import DmRemapError, Refused
 
 SECTOR = 512
 DM_MAJOR = 253
@@ -1310,7 +1310,7 @@ def devno_of(kernel: Kernel, path: str) -> str:
     for name, device in kernel.mapped.items():
         if path in (f"/dev/dm-{device.minor}", f"/dev/mapper/{name}"):
             return device.devno
-    raise DmRemapError("no such device", device=path, remedy="name an existing block device")
+    raise Refused("no such device", device=path, remedy="name an existing block device")
 
 
 def block_of(kernel: Kernel, devno: str) -> int:

@@ -124,8 +124,8 @@ class Guest:
         return os.path.basename(self.lab.run(["readlink", "-f", path]).stdout.strip())
 
 
-def deploy(lab: Machine, directory: Path) -> None:
-    """Install the daemon with the collection's own role."""
+def deploy(lab: Machine, directory: Path) -> str:
+    """Install the daemon with the collection's own role; what the play printed."""
     variables = {
         **lab.inventory(),
         "host_daemon_names": ["localhost"],
@@ -150,6 +150,7 @@ def deploy(lab: Machine, directory: Path) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
     lab.write_file("/root/client.py", CLIENT)
     lab.write_file("/root/access.py", ACCESS)
+    return done.stdout
 
 
 @pytest.fixture(scope="module")

@@ -160,7 +160,7 @@ def test_an_ide_disk_cannot_be_plugged_in(lab: Machine) -> None:
 def test_the_kernel_has_what_the_collection_needs(lab: Machine) -> None:
     for module in ("dm-integrity", "dm-multipath", "dm-raid", "dm-mirror"):
         lab.run(["modprobe", module])
-    lab.run(["python3", "-c", "import aiohttp, apt, prometheus_client, pyudev"])
+    lab.run(["python3", "-c", "import aiohttp, apt, prometheus_client, pyudev, yaml"])
 
 
 @pytest.mark.core
