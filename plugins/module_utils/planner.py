@@ -26,7 +26,7 @@ from .format import (
     geometry_of,
     plan_geometry,
 )
-from .mapping import build_table, describe_table
+from .mapping import build_table, describe_table, linear_target
 from .stack import CARRIER_SECTORS, PathState, part_names, spare_name, spare_part_names
 
 SECTOR_BYTES = 512
@@ -180,8 +180,7 @@ class ActiveTarget:
     @property
     def unavailable(self) -> tuple[tuple[int, int], ...]:
         """Ranges (start, count) of its sectors that are on spares which cannot be used."""
-        chunks = [c for lost in self.lost_spares for c in chunks_on(self.metadata, lost.index)]
-        return tuple(sectors_of(self.metadata, sorted(chunks)))
+        return sectors_on(self.metadata, [lost.index for lost in self.lost_spares])
 
     @property
     def behind(self) -> set[int]:
@@ -281,6 +280,8 @@ class Request:
         allocation: one of `pool.POLICIES`; None takes the default, or what the target has.
         warn: percent of used chunks from which on is warned; None likewise.
         critical: percent from which on the warning is critical; None likewise.
+        degraded: a target may be activated although spares of it are missing, and spares may be
+            named that do not exist.
     """
 
     name: str
@@ -294,6 +295,7 @@ class Request:
     allocation: str | None = None
     warn: int | None = None
     critical: int | None = None
+    degraded: bool = False
 
 
 @dataclass(frozen=True)
@@ -309,6 +311,9 @@ class Seen:
         healer: whether the daemon that heals held I/O runs on the host.
         new_main: what is on the device that is to be main where another one is it now.
         others: devices one of which may be the other main of a replacement under way.
+        absent: paths of named spares that do not exist or cannot be read.
+        witness: the newest of the host's backups of the target.
+        removed: path of the host's note that the target was removed on purpose; else empty.
     """
 
     target: ActiveTarget | None
@@ -319,6 +324,9 @@ class Seen:
     healer: bool = True
     new_main: Candidate | None = None
     others: tuple[DeviceInfo, ...] = ()
+    absent: tuple[str, ...] = ()
+    witness: Metadata | None = None
+    removed: str = ""
 
 
 @dataclass(frozen=True)
@@ -382,6 +390,12 @@ def plan_present(
     choice = _existing(request, seen.candidates)
     if choice:
         return _plan_activation(request, main, seen, choice)
+    if seen.absent:
+        raise Refused(
+            "cannot be read, and no other spare carries the target's metadata",
+            device=", ".join(seen.absent),
+            remedy="attach one of the target's spares, or name existing devices for a new target",
+        )
     return _plan_creation(request, main, seen, new_uuid)
 
 
@@ -456,7 +470,7 @@ def _with_config(plan: Plan, changed: Mapping[str, Any]) -> Plan:
         metadata, generation=metadata.generation + 1, config={**metadata.config, **changed}
     )
     action = Action("update_config", plan.name, {"generation": after.generation, **changed})
-    spares = {i: info for i, info in plan.spares.items() if i in _configured(after)}
+    spares = {i: info for i, info in plan.spares.items() if i in configured(after)}
     geometries = {index: geometry_of(after, index) for index in spares}
     said = set(pool_warnings(metadata, geometries))
     return replace(
@@ -639,17 +653,14 @@ def _plan_activation(request: Request, main: DeviceInfo, seen: Seen, choice: cop
     by_uuid = {c.survey.spare_uuid: c for c in seen.candidates if c.survey.spare_uuid}
     by_uuid.update(unreached)
     spares: dict[int, DeviceInfo] = {}
+    missing: list[int] = []
     for index, entry in enumerate(metadata.config["spares"]):
         if entry is None:
             continue
         candidate = by_uuid.pop(uuid.UUID(entry["uuid"]), None)
         if candidate is None:
-            raise Refused(
-                f"spare {index} ({entry.get('model') or 'no model'}, serial "
-                f"{entry.get('serial') or 'unknown'}, {entry['uuid']}) is not among the spares",
-                device=request.name,
-                remedy="give all of the target's spares",
-            )
+            missing.append(index)
+            continue
         _check_identity(candidate.info, entry, f"spare {index}")
         spares[index] = candidate.info
     if by_uuid:
@@ -658,15 +669,22 @@ def _plan_activation(request: Request, main: DeviceInfo, seen: Seen, choice: cop
             device=", ".join(c.info.path for c in by_uuid.values()),
             remedy="leave it out",
         )
+    _check_not_removed(seen, [c.info.path for c in seen.candidates])
+    _check_missing(request, seen, metadata, missing)
     actions = [Action("remove_remains", name) for name in seen.remains]
     actions += _repairs(choice, spares)
     actions += [Action("repair_metadata", c.info.path) for _uuid, c in unreached]
     actions += _activations(request.name, spares)
+    noted = with_notes(metadata, missing)
+    if noted.config != metadata.config:
+        details = {"generation": metadata.generation + 1, "missing": missing}
+        actions.append(Action("note_missing", request.name, details))
+        noted = replace(noted, generation=metadata.generation + 1)
+    after = noted
     actions.append(_creation(request.name, mains[0], mains[1]))
-    after = metadata
     if mains[1]:
         kind = REPLACE if main is mains[1] else UNDO
-        action, after = _replacing(kind, request.name, metadata, mains[0], mains[1])
+        action, after = _replacing(kind, request.name, noted, mains[0], mains[1], missing)
         actions.append(action)
     geometries = {index: geometry_of(metadata, index) for index in spares}
     plan = Plan(
@@ -677,10 +695,120 @@ def _plan_activation(request: Request, main: DeviceInfo, seen: Seen, choice: cop
         metadata=metadata,
         main=mains[0],
         spares=spares,
-        warnings=warnings_of(choice) + pool_warnings(metadata, geometries),
+        final=noted if noted.generation > metadata.generation else None,
+        warnings=(
+            *warnings_of(choice),
+            *_doubts(metadata, missing, seen.witness),
+            *pool_warnings(metadata, geometries),
+        ),
         replacement=mains[1],
     )
     return _with_config(plan, _policies(request, metadata.config))
+
+
+def is_noted(metadata: Metadata, index: int) -> bool:
+    """Whether a generation was committed already in the knowledge that a spare is missing."""
+    spare_uuid = uuid.UUID(metadata.config["spares"][index]["uuid"])
+    return copies.last_common(metadata, spare_uuid) is not None
+
+
+def with_notes(metadata: Metadata, missing: Collection[int]) -> Metadata:
+    """The metadata with notes of which spares are missing, and until when they were there.
+
+    They are committed before a target is used without a spare. If that spare carries a generation
+    which nobody else has, the two histories then differ, whatever is done to the target.
+
+    Args:
+        metadata: the generation that counts.
+        missing: indexes of the spares that are missing; there is no note of any other.
+    """
+    note = {"generation": metadata.generation, "digest": metadata.digest[:8].hex()}
+    entries = []
+    for index, entry in enumerate(metadata.config["spares"]):
+        if entry and index in missing and not is_noted(metadata, index):
+            entry = {**entry, copies.LAST_COMMON: note}
+        elif entry and index not in missing:
+            entry = {key: value for key, value in entry.items() if key != copies.LAST_COMMON}
+        entries.append(entry)
+    return replace(metadata, config={**metadata.config, "spares": entries})
+
+
+def _check_not_removed(seen: Seen, paths: Sequence[str]) -> None:
+    if seen.removed:
+        raise Refused(
+            "belongs to a target that was removed from this host while it was not there",
+            device=", ".join(paths),
+            remedy="wipe it with state: absent and this device among the spares, or remove the "
+            f"file {seen.removed} if the target is to live again",
+        )
+
+
+def _check_missing(
+    request: Request, seen: Seen, metadata: Metadata, missing: Sequence[int]
+) -> None:
+    """Refuse to go on without spares, unless the user allows it and nothing speaks against it.
+
+    Each commit goes to all spares that can be reached, and one is enough for it. So whatever the
+    spares carry that are there, a missing one can have been written last, also one that has no
+    chunk by their generation. Nothing but the user's word and the host's own backup can tell.
+    """
+    if not missing:
+        return
+    named = ", ".join(_named_spare(metadata, index) for index in missing)
+    if not request.degraded:
+        raise Refused(
+            f"would be activated without {named}",
+            device=request.name,
+            remedy="give all of the target's spares; or, if none of these was in use after the "
+            "others, degraded: true, and the chunks on them give errors until they are back",
+        )
+    if not _agrees_with(seen.witness, metadata):
+        newest = seen.witness.generation if seen.witness else 0
+        raise Refused(
+            f"carries generation {metadata.generation}, but this host committed generation "
+            f"{newest} of the target, which does not precede it and must be on {named}",
+            device=", ".join(c.info.path for c in seen.candidates),
+            remedy="attach these spares, or restore the host's backup",
+        )
+
+
+def _agrees_with(witness: Metadata | None, metadata: Metadata) -> bool:
+    """Whether a generation that the host has committed is not later than, or beside, another."""
+    if witness is None:
+        return True
+    found = copies.is_ancestor(metadata, witness.generation, witness.digest)
+    return found is not False
+
+
+def _named_spare(metadata: Metadata, index: int) -> str:
+    entry = metadata.config["spares"][index]
+    chunks = count_of(len(chunks_on(metadata, index)), "remapped chunk")
+    return (
+        f"spare {index} ({entry.get('model') or 'no model'}, serial "
+        f"{entry.get('serial') or 'unknown'}, {entry['uuid']}) with {chunks}"
+    )
+
+
+def _doubts(
+    metadata: Metadata, missing: Sequence[int], witness: Metadata | None
+) -> tuple[str, ...]:
+    """What the user should know of spares that are missing, and of a backup that is newer."""
+    found = []
+    for index in missing:
+        text = f"{_named_spare(metadata, index)} is missing; these chunks give errors"
+        if not is_noted(metadata, index):
+            text += (
+                f", and if it was in use after the others, which are at generation "
+                f"{metadata.generation}, chunks that were remapped then have older data now"
+            )
+        found.append(text)
+    if witness and not missing and not _agrees_with(witness, metadata):
+        found.append(
+            f"generation {metadata.generation} is on all spares, but this host committed "
+            f"generation {witness.generation}, which does not precede it; the disks were set back, "
+            "or were used elsewhere"
+        )
+    return tuple(found)
 
 
 def _mains_of(
@@ -847,22 +975,27 @@ def _plan_active(
     main = _present(seen.main, request.main)
     _check_unchangeable(request, target.metadata)
     _check_distinct(main, seen.candidates)
-    known = {spare_index(target, c.info.path, c.info.devno) for c in seen.candidates}
-    if replacement.under_way(target.metadata):
+    lost = {spare.index for spare in target.lost_spares}
+    known = {_index_by_device(target, candidate) for candidate in seen.candidates}
+    if request.degraded or replacement.under_way(target.metadata):
         # A lost spare cannot be named nor removed then, and the replacement must be able to go on.
-        known |= {spare.index for spare in target.lost_spares}
+        known |= lost
     change = SpareChange(
         added=tuple(
-            c for c in seen.candidates if spare_index(target, c.info.path, c.info.devno) is None
+            candidate
+            for candidate in seen.candidates
+            if spare_index(target, candidate.info.path, candidate.info.devno) in (None, *lost)
         ),
         removed=tuple(index for index in spare_indexes(target) if index not in known),
         wipe=request.wipe,
         discard_remaps=request.discard_remaps,
+        witness=seen.witness,
     )
     begun = change_spares(target, main, change, new_uuid)
     plan = _with_settings(request, target, seen, main, begun)
     replaced = _with_replacement(request, target, seen, main, plan)
-    if replaced is not plan and (change.added or change.removed):
+    kinds = {action.kind for action in begun.actions}
+    if replaced is not plan and kinds & {"add_spare", "remove_spare", "return_spare"}:
         raise Refused(
             "would get another main and other spares at once",
             device=request.name,
@@ -1029,6 +1162,9 @@ def plan_upkeep(target: ActiveTarget) -> Plan:
     if target.path and (target.past_hold or target.certain and target.cut != target.unavailable):
         details = {"sectors": [list(item) for item in target.unavailable]}
         actions.append(Action("cut_off", target.name, details))
+    shut = [spare.index for spare in target.spares if fails_in_map(target, spare.index)]
+    if target.path is None and target.certain and not target.frozen and shut:
+        actions.append(Action("serve_spares", target.name, {"indexes": shut}))
     # A spare that cannot be read may have a newer generation, of which they are spares.
     for stray in target.strays if not target.lost_spares else ():
         if stray.marked:
@@ -1046,6 +1182,16 @@ def plan_upkeep(target: ActiveTarget) -> Plan:
         warnings=warnings_of(target.choice)
         + degradation(target)
         + pool_warnings(target.metadata, usable_geometries(target)),
+    )
+
+
+def fails_in_map(target: ActiveTarget, index: int) -> bool:
+    """Whether the live map has errors where chunks on spare ``index`` are."""
+    chunk_sectors = target.metadata.config["chunk_sectors"]
+    starts = [chunk * chunk_sectors for chunk in chunks_on(target.metadata, index)]
+    return bool(starts) and any(
+        segment.target == "error" and segment.start <= starts[0] < segment.start + segment.length
+        for segment in target.table
     )
 
 
@@ -1074,6 +1220,12 @@ def chunks_on(metadata: Metadata, index: int) -> list[int]:
     ]
 
 
+def sectors_on(metadata: Metadata, indexes: Collection[int]) -> tuple[tuple[int, int], ...]:
+    """Ranges (start, count) of the target's sectors that are on these spares."""
+    chunks = [chunk for index in indexes for chunk in chunks_on(metadata, index)]
+    return tuple(sectors_of(metadata, sorted(chunks)))
+
+
 def sectors_of(metadata: Metadata, chunks: Sequence[int]) -> list[tuple[int, int]]:
     """The sectors of chunks on the target, as (first, count), joined."""
     places = [where(metadata, chunk) for chunk in chunks]
@@ -1096,6 +1248,7 @@ def plan_absent(
     """
     check_name(name)
     gone: list[Action] = []
+    unsure: list[Action] = []
     if target:
         if target.device.open_count:
             raise Refused(
@@ -1104,7 +1257,27 @@ def plan_absent(
                 remedy="unmount it and close what uses it",
             )
         metadata = target.metadata
+        choice = target.choice
         spares = target.spare_infos
+        own = {info.devno for info in spares.values()}
+        lost = [spare for spare in target.lost_spares if spare.path]
+        own |= {spare.below for spare in lost}
+        away = [
+            candidate
+            for candidate in seen.candidates
+            if candidate.survey.target_uuid == metadata.target_uuid
+            and candidate.info.devno not in own
+        ]
+        for candidate in away:
+            _check_unused(candidate.info, (), "spare to be wiped")
+            _check_not_reused(candidate)
+        unsure = [
+            *(
+                Action("wipe_metadata", c.info.path, {"spare": str(c.survey.spare_uuid)})
+                for c in away
+            ),
+            *(Action("wipe_metadata", spare.path, {"lost": True}) for spare in lost),
+        ]
         gone = [
             *(_deactivation(name, lost.index, lost.path) for lost in target.lost_spares),
             *(_deactivation(name, stray.index, stray.path) for stray in target.strays),
@@ -1114,7 +1287,8 @@ def plan_absent(
         if not marked:
             actions = tuple(Action("remove_remains", left) for left in seen.remains)
             return Plan(name=name, actions=actions, before=_nothing(), after=_nothing())
-        metadata = copies.choose({path: c.survey for path, c in marked.items()}).metadata
+        choice = copies.choose({path: c.survey for path, c in marked.items()})
+        metadata = choice.metadata
         if metadata.config.get("name") != name:
             raise Refused(
                 f"is a spare of target {metadata.config.get('name')!r}",
@@ -1140,7 +1314,14 @@ def plan_absent(
             "lose what was copied already",
         )
     # What an interruption leaves in the kernel shows the next run which spares are to be wiped.
-    wipes = [Action("wipe_metadata", info.path) for info in spares.values()]
+    # What is older goes first, so that what is left is the newest generation or nothing.
+    older = choice.stale | choice.retired
+    paths = sorted((info.path for info in spares.values()), key=lambda path: path not in older)
+    wipes = [
+        Action("note_removal", name),
+        *unsure,
+        *(Action("wipe_metadata", path) for path in paths),
+    ]
     if target:
         actions = (
             Action("remove_target", f"/dev/mapper/{name}"),
@@ -1157,7 +1338,29 @@ def plan_absent(
         after=_nothing(),
         metadata=metadata,
         spares=spares,
-        warnings=degradation(target) if target else (),
+        warnings=_left_behind(metadata, target, unsure, list(choice.spares)),
+    )
+
+
+def _left_behind(
+    metadata: Metadata,
+    target: ActiveTarget | None,
+    wiped: Sequence[Action],
+    reached: Sequence[int],
+) -> tuple[str, ...]:
+    """What the user should know of spares whose copies stay, because they are not there."""
+    paths = {action.device for action in wiped}
+    found = set(reached)
+    if target:
+        found |= {s.index for s in target.lost_spares if s.path in paths}
+    return tuple(
+        f"{_named_spare(metadata, index)} is not there and keeps its metadata; wipe it before it "
+        "is used again, by state: absent with it among the spares"
+        for index in sorted(configured(metadata) - found)
+        if not any(
+            action.details.get("spare") == metadata.config["spares"][index]["uuid"]
+            for action in wiped
+        )
     )
 
 
@@ -1570,34 +1773,40 @@ class SpareSeen:
 
     Args:
         target: the active target.
-        candidate: the device that is to be a spare; None where it does not exist, or is to go.
+        candidate: the device that is to be a spare, also if it is a lost one; None where it does
+            not exist, or is to go.
         devnos: device numbers of the paths that were named, where they exist.
+        witness: the newest of the host's backups of the target.
     """
 
     target: ActiveTarget
     candidate: Candidate | None
     devnos: Mapping[str, str] = field(default_factory=dict)
+    witness: Metadata | None = None
 
 
 @dataclass(frozen=True)
 class SpareChange:
     """Spares that come and go: devices, and indexes.
 
-    ``wipe`` and ``discard_remaps`` are those of `SpareRequest`.
+    ``wipe`` and ``discard_remaps`` are those of `SpareRequest`, ``witness`` is that of `Seen`.
+    Devices of lost spares that are there again may be among those that come.
     """
 
     added: tuple[Candidate, ...] = ()
     removed: tuple[int, ...] = ()
     wipe: bool = False
     discard_remaps: bool = False
+    witness: Metadata | None = None
 
 
 def spare_indexes(target: ActiveTarget) -> list[int]:
     """Indexes of all configured spares, lost ones too."""
-    return sorted(_configured(target.metadata))
+    return sorted(configured(target.metadata))
 
 
-def _configured(metadata: Metadata) -> set[int]:
+def configured(metadata: Metadata) -> set[int]:
+    """Positions of all spares in the configuration."""
     return {index for index, entry in enumerate(metadata.config["spares"]) if entry}
 
 
@@ -1626,12 +1835,13 @@ def plan_spare_present(
     target = seen.target
     index = spare_index(target, request.device, seen.devnos.get(request.device, ""))
     added: tuple[Candidate, ...] = ()
-    if index is None:
-        if seen.candidate is None:
-            raise Refused(
-                "no such device", device=request.device, remedy="name an existing block device"
-            )
+    if seen.candidate:
         added = (seen.candidate,)
+        index = _index_by_device(target, seen.candidate)
+    elif index is None:
+        raise Refused(
+            "no such device", device=request.device, remedy="name an existing block device"
+        )
     removed: tuple[int, ...] = ()
     if request.replaces is not None:
         old = spare_index(target, request.replaces, seen.devnos.get(request.replaces, ""))
@@ -1644,7 +1854,7 @@ def plan_spare_present(
         if old is not None and old == index:
             raise Refused("cannot replace itself", device=request.device, remedy="give another")
         removed = () if old is None else (old,)
-    change = SpareChange(added, removed, request.wipe, request.discard_remaps)
+    change = SpareChange(added, removed, request.wipe, request.discard_remaps, seen.witness)
     return change_spares(target, target.main, change, new_uuid)
 
 
@@ -1661,6 +1871,21 @@ def plan_spare_absent(request: SpareRequest, seen: SpareSeen) -> Plan:
     return change_spares(target, target.main, change, uuid.uuid4)
 
 
+def _index_by_device(target: ActiveTarget, candidate: Candidate) -> int | None:
+    """The index of the spare that a device is; also of a lost one by the metadata on it."""
+    index = spare_index(target, candidate.info.path, candidate.info.devno)
+    if index is None and candidate.survey.target_uuid == target.metadata.target_uuid:
+        for lost in target.lost_spares:
+            if _is_spare(candidate, target.metadata, lost.index):
+                return lost.index
+    return index
+
+
+def _is_spare(candidate: Candidate, metadata: Metadata, index: int) -> bool:
+    entry = metadata.config["spares"][index]
+    return candidate.survey.spare_uuid == uuid.UUID(entry["uuid"])
+
+
 def _listed(target: ActiveTarget) -> str:
     paths = [spare.candidate.info.path for spare in target.spares]
     uuids = [target.metadata.config["spares"][lost.index]["uuid"] for lost in target.lost_spares]
@@ -1675,12 +1900,18 @@ def change_spares(
 ) -> Plan:
     """Plan that spares come and go: first all that come, then each that goes is emptied.
 
-    Chunks of those that go move to those that come, as long as these have room.
+    Lost spares that are there again come first. Chunks of spares that go move to those that come,
+    as long as these have room.
 
     Raises:
         Refused: a device cannot be a spare, or the chunks have no room; nothing was written.
     """
     upkeep = plan_upkeep(target)
+    returns, warnings, added = _returns(target, change)
+    if returns:
+        upkeep, target = _with_returns(upkeep, target, returns)
+    change = replace(change, added=added)
+    upkeep = replace(upkeep, warnings=(*upkeep.warnings, *warnings))
     if not change.added and not change.removed:
         return upkeep
     check_certain(target)
@@ -1726,6 +1957,132 @@ def change_spares(
         spares=spares,
         final=after,
     )
+
+
+def _returns(
+    target: ActiveTarget, change: SpareChange
+) -> tuple[dict[int, Candidate], tuple[str, ...], tuple[Candidate, ...]]:
+    """Lost spares that are there again by index, why others cannot return, and the new devices.
+
+    What is on a spare that was away is current for all chunks that the chosen generation has on
+    it: nothing else took their writes, and no chunk gets the place of another meanwhile.
+
+    Raises:
+        Refused: it carries what does not belong to the target's history, or is a clone.
+    """
+    returns: dict[int, Candidate] = {}
+    warnings: list[str] = []
+    added = []
+    used = {linear_target(s)[0] for s in target.table if s.target == "linear"}
+    lost_spares = {lost.index: lost for lost in target.lost_spares}
+    for candidate in change.added:
+        index = _index_by_device(target, candidate)
+        if index is None:
+            added.append(candidate)
+            continue
+        lost = lost_spares[index]
+        if not _is_spare(candidate, target.metadata, index):
+            # Its copies cannot be read.
+            continue
+        if lost.devno and lost.devno in used:
+            warnings.append(
+                f"{candidate.info.path}: spare {index} can be read again, but a flush must fail "
+                "first, because it may have lost writes that were not flushed; flush the target, "
+                "for example by sync, or with on_error: fail stop what uses it and activate it "
+                "again"
+            )
+            continue
+        _check_return(target, candidate, index)
+        if index in returns:
+            raise Refused(
+                f"and {returns[index].info.path} are both spare {index}: one is a clone",
+                device=candidate.info.path,
+                remedy="leave the clone out",
+            )
+        returns[index] = candidate
+    if returns:
+        check_certain(target)
+        _check_history(target, change, returns)
+    return returns, tuple(warnings), tuple(added)
+
+
+def _check_return(target: ActiveTarget, candidate: Candidate, index: int) -> None:
+    info = candidate.info
+    _check_identity(info, target.metadata.config["spares"][index], f"spare {index}")
+    _check_not_reused(candidate)
+    _check_unused(info, spare_part_names(target.name, index), "spare")
+    sectors = geometry_of(target.metadata, index).spare_sectors
+    if info.sectors < sectors:
+        raise Refused(
+            f"has {info.sectors} sectors, but was laid out as spare {index} for {sectors}",
+            device=info.path,
+            remedy="restore its size",
+        )
+    for one in filter(None, (target.main, target.replacement)):
+        _check_distinct(one, [*(spare.candidate for spare in target.spares), candidate])
+
+
+def _check_history(
+    target: ActiveTarget, change: SpareChange, returns: Mapping[int, Candidate]
+) -> None:
+    """Refuse spares that carry what the running target does not build on."""
+    metadata = target.metadata
+    surveys = {s.candidate.info.path: s.candidate.survey for s in target.spares}
+    surveys.update((c.info.path, c.survey) for c in returns.values())
+    choice = copies.choose(surveys)
+    if choice.metadata.digest != metadata.digest:
+        raise Refused(
+            f"carries generation {choice.metadata.generation}, but the target runs with "
+            f"{metadata.generation}, and what was written since belongs to that",
+            device=choice.source,
+            remedy="decide which to keep: leave this spare out, or copy the data off first",
+        )
+    others = len(target.lost_spares) > len(returns)
+    if others and not _agrees_with(change.witness, metadata):
+        raise Refused(
+            f"runs with generation {metadata.generation}, but this host has committed another one "
+            "since, which must be on a spare that is still missing",
+            device=target.name,
+            remedy="attach all of its spares",
+        )
+
+
+def _with_returns(
+    upkeep: Plan, target: ActiveTarget, returns: Mapping[int, Candidate]
+) -> tuple[Plan, ActiveTarget]:
+    """The plan in which lost spares return, and the target as it is then."""
+    metadata = target.metadata
+    actions: list[Action] = []
+    lost = {spare.index for spare in target.lost_spares} - set(returns)
+    for index, candidate in sorted(returns.items()):
+        details = {
+            "index": index,
+            "chunks": len(chunks_on(metadata, index)),
+            "generation": metadata.generation + len(actions) + 1,
+        }
+        actions.append(Action("return_spare", candidate.info.path, details))
+    back = [ActiveSpare(index, "", candidate) for index, candidate in returns.items()]
+    after = with_notes(metadata, [i for i in lost if is_noted(metadata, i)])
+    after = replace(after, generation=metadata.generation + len(actions))
+    target = replace(
+        target,
+        spares=tuple(sorted([*target.spares, *back], key=lambda spare: spare.index)),
+        lost_spares=tuple(s for s in target.lost_spares if s.index in lost),
+        choice=replace(target.choice, metadata=after),
+    )
+    plan = replace(
+        upkeep,
+        actions=(*upkeep.actions, *actions),
+        after=_state(after, target.spare_infos),
+        metadata=after,
+        spares=target.spare_infos,
+        warnings=(
+            *warnings_of(target.choice),
+            *degradation(target),
+            *pool_warnings(after, usable_geometries(target)),
+        ),
+    )
+    return plan, target
 
 
 def _additions(
@@ -1813,15 +2170,14 @@ def _check_addition(
     _check_unused(info, sorted(strays), "spare")
     seen = candidate.survey
     own = seen.target_uuid == metadata.target_uuid
-    indexes = _configured(metadata)
+    indexes = configured(metadata)
     if own and any(
         str(seen.spare_uuid) == metadata.config["spares"][index]["uuid"] for index in indexes
     ):
         raise Refused(
             "is a spare of this target, or a clone of one",
             device=info.path,
-            remedy="give another device; a spare that was away comes back when the target is "
-            "activated again",
+            remedy="give another device",
         )
     count = max((sum(e.length for e in c.metadata.extents) for c in seen.copies), default=0)
     if change.wipe and not change.discard_remaps and count and not own:
