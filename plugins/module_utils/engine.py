@@ -53,6 +53,8 @@ from .planner import (
     LostSpare,
     Plan,
     Request,
+    RestoreRequest,
+    RestoreSeen,
     Seen,
     SpareSeen,
     Stray,
@@ -75,6 +77,8 @@ _KERNEL_TARGETS = ("integrity", "delay", "multipath")
 _BAD_PLACES = 3
 # What a spare answers where a block has no valid tag: it works, and the block is lost.
 _TAG_ERRORS = (0, errno.EILSEQ)
+# What dm-integrity's superblock starts with (SB_MAGIC in drivers/md/dm-integrity.c).
+_INTEGRITY_MAGIC = b"integrt\0"
 _MCL_CURRENT, _MCL_FUTURE = 1, 2
 
 
@@ -750,6 +754,9 @@ class Engine:
             candidates += [c for c in left if c.info.devno not in known]
         owners = [c.survey.target_uuid for c in candidates if c.survey.target_uuid]
         owner = target.metadata.target_uuid if target else next(iter(owners), None)
+        if owner is None and wanted:
+            infos = [candidate.info for candidate in candidates]
+            owner = self._remembered(name, wanted, infos)
         return Seen(
             target=target,
             remains=remains,
@@ -790,6 +797,119 @@ class Engine:
             candidate = self._candidate(device, with_signatures=known is None)
         witness = self._backups.newest(target.metadata.target_uuid)
         return SpareSeen(target, candidate, devnos, witness)
+
+    def _remembered(
+        self, name: str, main: DeviceInfo, spares: Sequence[DeviceInfo]
+    ) -> uuid.UUID | None:
+        """The target, by the host's backups, that had these devices; or else this name."""
+        found = None
+        for owner in self._backups.targets():
+            metadata = None if self._backups.is_removed(owner) else self._backups.newest(owner)
+            if metadata is None or not metadata.extents:
+                continue
+            members = [planner.member_index(info, metadata) for info in spares]
+            if set(members) != {None} or replacement.is_surely(main, metadata.config["main"]):
+                return owner
+            if metadata.config.get("name") == name:
+                found = owner
+        return found
+
+    def backup_of(self, name: str, generation: int | None = None) -> Metadata:
+        """The host's backup of a target.
+
+        Args:
+            name: the target's name or UUID.
+            generation: which one; None takes the newest that can be read.
+
+        Raises:
+            Refused: there is none, or several targets had that name.
+        """
+        found: dict[uuid.UUID, Metadata] = {}
+        for owner in self._backups.targets():
+            metadata = self._backups.newest(owner)
+            if metadata and name in (str(owner), metadata.config.get("name")):
+                found[owner] = metadata
+        if len(found) > 1:
+            raise Refused(
+                f"is the name of several targets in {self._backups.folder}: "
+                + ", ".join(map(str, found)),
+                device=name,
+                remedy="give the UUID of the one that is meant",
+            )
+        for owner, newest in found.items():
+            try:
+                return newest if generation is None else self._backups.read(owner, generation)
+            except (OSError, DmRemapError) as error:
+                raise Refused(
+                    f"has no backup of generation {generation} that can be read: {error}",
+                    device=name,
+                    remedy=f"choose one of {self._backups.generations(owner)}",
+                ) from error
+        raise Refused(
+            f"has no backup in {self._backups.folder}",
+            device=name,
+            remedy="restore it on the host that the target was used on",
+        )
+
+    def see_restore(self, request: RestoreRequest, backup: Metadata) -> RestoreSeen:
+        """Observe what a restoration is about.
+
+        Args:
+            request: what is wanted.
+            backup: the generation that is to be restored.
+
+        Raises:
+            DmRemapError: a device does not exist or cannot be read.
+        """
+        names = [name for name in self.target_names() if self._is_of(name, backup)]
+        active = self.observe(request.name) is not None or bool(names)
+        candidates = tuple(self._candidate(path, True) for path in request.spares)
+        owner = backup.target_uuid
+        return RestoreSeen(
+            backup=backup,
+            active=active,
+            remains=() if active else tuple(self._remains(request.name)),
+            taken=() if active else tuple(self._taken(request.name)),
+            main=self._blocks.describe(request.main),
+            candidates=candidates,
+            tagged=frozenset(c.info.path for c in candidates if self._has_tags(c, backup)),
+            removed=self._backups.removal(owner) if self._backups.is_removed(owner) else "",
+        )
+
+    def _is_of(self, name: str, metadata: Metadata) -> bool:
+        device = self._mapper.info(name)
+        return device is not None and device.uuid == _dm_uuid(metadata)
+
+    def _has_tags(self, candidate: Candidate, metadata: Metadata) -> bool:
+        """Whether dm-integrity's superblock is where a spare of the target has it."""
+        index = planner.member_index(candidate.info, metadata)
+        if candidate.survey.spare_uuid:
+            index = planner.index_of_uuid(metadata, candidate.survey.spare_uuid)
+        if index is None:
+            return False
+        geometry = geometry_of(metadata, index)
+        try:
+            with self._blocks.BlockDevice(candidate.info.path) as device:
+                raw = device.read(geometry.tag_start, geometry.block_sectors)
+        except (DmRemapError, OSError):
+            return False
+        return raw.startswith(_INTEGRITY_MAGIC)
+
+    def _do_restore_metadata(self, plan: Plan, action: planner.Action) -> None:
+        """Commit a backup as a new generation, with the entries of new spares."""
+        wanted = _metadata_of(plan)
+        backup = self._backups.read(wanted.target_uuid, action.details["from"])
+        new = replace(self.successor(backup), generation=wanted.generation, config=wanted.config)
+        with contextlib.ExitStack() as members:
+            opened = self._open_members(members, plan.spares)
+            left_out = self._commit_to(opened, None, new, ())
+        self.backup(new)
+        for index, reason in left_out.items():
+            raise DmRemapError(
+                f"took no metadata: {reason}",
+                device=plan.spares[index].path,
+                remedy="activate the target without it, with degraded: true",
+            )
 
     def _other_mains(self, candidates: Sequence[Candidate]) -> Iterator[DeviceInfo]:
         """Devices that may be a main of the replacement that an inactive target is in."""
@@ -2058,7 +2178,7 @@ class Engine:
     def _commit_to(
         self,
         members: Mapping[int, OpenDevice],
-        current: Metadata,
+        current: Metadata | None,
         new: Metadata,
         stale: Collection[int],
     ) -> dict[int, str]:
