@@ -1044,10 +1044,16 @@ def wipe(device: Device, seen: Survey) -> tuple[int, ...]:
 def _spoil_older(device: Device, seen: Survey) -> None:
     """Make all copies invalid but those of the newest generation; their headers stay.
 
+    Where nobody can say whose spare the device is, that is all of them.
+
     What fails here fails in the wipe itself too, and is reported there.
     """
     newest = max((copy.header.generation for copy in seen.copies), default=0)
-    older = [c.header.sector for c in seen.copies if c.header.generation < newest]
+    older = [
+        copy.header.sector
+        for copy in seen.copies
+        if seen.contested or copy.header.generation < newest
+    ]
     older += [copy.sector for copy in seen.failed if copy.diagnosis is Diagnosis.FOREIGN]
     with contextlib.suppress(OSError):
         for sector in older:
