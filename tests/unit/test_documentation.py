@@ -121,7 +121,7 @@ def test_the_examples_of_targets_can_be_planned(monkeypatch: pytest.MonkeyPatch)
     held = planned.pop("Hold the errors of an NVMe disk too, and see what that changes")
     assert held.metadata is not None
     assert held.metadata.config["on_error"] == "hold"
-    assert len(planned) == 3
+    assert len(planned) == 5
     for other in planned.values():
         assert other.after["config"]["allocation"] == "first_fit"
 
