@@ -3,7 +3,10 @@
 # SPDX-License-Identifier: GPL-3.0-or-later
 """The host's own backups of its targets' metadata: ``FOLDER/TARGET-UUID/GENERATION.slot``.
 
-Each file is copy 0 of the generation, as it stands on the target's first spare.
+Each file is copy 0 of the generation, as it stands on the target's first spare. Nothing is ever
+assembled from a backup by itself; it is a witness of what was committed, and can be restored.
+
+``FOLDER/TARGET-UUID/removed`` is there when the target was removed from this host.
 """
 
 from __future__ import annotations
@@ -17,6 +20,7 @@ from .format import Invalid, Metadata, geometry_of, pack_slot, spare_uuid_of, un
 FOLDER = "/var/lib/dm-remap/backup"
 KEPT = 16
 
+_REMOVED = "removed"
 _COPY = 0
 _SECTOR = 0
 
@@ -52,7 +56,8 @@ class Backups:
             file.flush()
             os.fsync(file.fileno())
         os.replace(path + ".new", path)
-        for old in sorted(os.listdir(folder))[:-KEPT]:
+        names = sorted(name for name in os.listdir(folder) if name != _REMOVED)
+        for old in names[:-KEPT]:
             os.unlink(os.path.join(folder, old))
 
     def targets(self) -> list[uuid.UUID]:
@@ -90,6 +95,24 @@ class Backups:
         """
         with open(_path(self._of(target), generation), "rb") as file:
             return unpack_slot(file.read(), _SECTOR).metadata
+
+    def note_removal(self, target: uuid.UUID) -> None:
+        """Note that a target was removed on purpose, so that nothing of it is to live again.
+
+        Raises:
+            OSError: it could not be noted.
+        """
+        if os.path.isdir(self._of(target)):
+            with open(self.removal(target), "wb") as file:
+                os.fsync(file.fileno())
+
+    def removal(self, target: uuid.UUID) -> str:
+        """Path of the file that notes a target's removal."""
+        return os.path.join(self._of(target), _REMOVED)
+
+    def is_removed(self, target: uuid.UUID) -> bool:
+        """Whether a target was removed on purpose."""
+        return os.path.exists(self.removal(target))
 
     def newest(self, target: uuid.UUID) -> Metadata | None:
         """The newest generation of a target that can be read, or None."""

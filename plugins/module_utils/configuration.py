@@ -129,6 +129,7 @@ def request_of(values: Mapping[str, Any]) -> Request:
         migrate_from=values.get("migrate_from"),
         migrate_pending=values.get("migrate_pending"),
         migrate_unit=_size_of(values, "migrate_unit", "use a size such as 4K"),
+        degraded=bool(values.get("degraded")),
     )
 
 

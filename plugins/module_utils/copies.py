@@ -9,6 +9,7 @@ after any crash one whole generation, old or new, is left.
 
 from __future__ import annotations
 
+import contextlib
 import time
 import uuid
 import zlib
@@ -49,6 +50,8 @@ CLOCK_SLACK_NS = 300 * 10**9
 START_BYTES = 4 * HEADER_BYTES
 # Header and the first block of the body.
 WIPE_BYTES = 2 * HEADER_BYTES
+# What an entry in the list of spares notes while the spare is missing (see `last_common`).
+LAST_COMMON = "last_common"
 
 
 class Device(Protocol):
@@ -138,8 +141,9 @@ class Survey:
         claims: (target UUID, spare UUID) of every valid copy, the most frequent first. The device
             is the first one's spare, unless `contested`.
         contested: no claim has more copies than every other.
-        sizes: sizes in sectors that valid headers say the spare was laid out for.
+        sizes: sizes in sectors that valid headers, or the caller, say the spare was laid out for.
         newer: whether there is a copy of a newer format.
+        headers: all valid headers, also those of other spares and in front of damaged bodies.
     """
 
     device: str
@@ -150,6 +154,7 @@ class Survey:
     contested: bool
     sizes: tuple[int, ...]
     newer: bool
+    headers: tuple[Header, ...] = ()
 
     @property
     def empty(self) -> bool:
@@ -267,14 +272,17 @@ def _read(device: Device, sector: int, size: int) -> bytes:
     return raw
 
 
-def _read_copy(device: Device, sector: int, known: dict[bytes, Metadata]) -> Copy:
+def _read_copy(
+    device: Device, sector: int, known: dict[bytes, Metadata], headers: dict[int, Header]
+) -> Copy:
     """Read one slot: its header, and its body only when the header is valid.
 
     Args:
         known: generations by digest, so that equal bodies are parsed once; added to.
+        headers: valid headers by sector; added to.
     """
     raw = _read(device, sector, HEADER_BYTES)
-    header = unpack_header(raw, sector)
+    header = headers[sector] = unpack_header(raw, sector)
     body = _read(device, sector + HEADER_SECTORS, header.slot_bytes - HEADER_BYTES)
     twin = known.get(header.digest)
     if twin and _is_copy_of(header, body, twin):
@@ -315,13 +323,14 @@ class _Look:
         self.valid: dict[int, Copy] = {}
         self.failed: dict[int, FailedCopy] = {}
         self.newer: list[tuple[uuid.UUID, uuid.UUID]] = []
+        self.headers: dict[int, Header] = {}
         self._known = known
 
     def at(self, index: int, sector: int) -> None:
         if sector in self.valid or sector in self.failed:
             return
         try:
-            self.valid[sector] = _read_copy(self.device, sector, self._known)
+            self.valid[sector] = _read_copy(self.device, sector, self._known, self.headers)
         except Invalid as error:
             self.failed[sector] = FailedCopy(index, sector, error.diagnosis, error.message)
             if error.target_uuid is not None and error.spare_uuid is not None:
@@ -333,11 +342,11 @@ class _Look:
 
     @property
     def sizes(self) -> set[int]:
-        return {copy.header.spare_sectors for copy in self.valid.values()}
+        return {header.spare_sectors for header in self.headers.values()}
 
 
 def survey(
-    device: Device, also: Iterable[int] = (), known: dict[bytes, Metadata] | None = None
+    device: Device, also: Collection[int] = (), known: dict[bytes, Metadata] | None = None
 ) -> Survey:
     """Look at every slot of `device`: near ones, and far ones by its size and by what headers say.
 
@@ -352,13 +361,13 @@ def survey(
     look = _Look(device, {} if known is None else known)
     for index, sector in enumerate(NEAR_SECTORS):
         look.at(index, sector)
-    sizes = {device.sectors, *also}
+    wanted = {device.sectors, *also}
     done: set[int] = set()
-    while sizes - done:
-        for size in sorted(sizes - done):
+    while wanted - done:
+        for size in sorted(wanted - done):
             look.far(size)
-        done |= sizes
-        sizes |= look.sizes
+        done |= wanted
+        wanted |= look.sizes
     owners = Counter(
         [(copy.header.target_uuid, copy.header.spare_uuid) for copy in look.valid.values()]
         + look.newer
@@ -388,8 +397,9 @@ def survey(
         failed=tuple(sorted(failed, key=lambda copy: copy.index)),
         claims=tuple(owner for owner, _count in owners),
         contested=contested,
-        sizes=tuple(sorted(look.sizes)),
+        sizes=tuple(sorted(look.sizes.union(also))),
         newer=bool(look.newer),
+        headers=tuple(look.headers.values()),
     )
 
 
@@ -540,10 +550,58 @@ def _no_metadata(surveys: Mapping[str, Survey]) -> str:
     return "no valid copy of a target's metadata" + (f" ({listed})" if listed else "")
 
 
-def check_lineage(best: Metadata, found: Iterable[tuple[str, Copy]]) -> list[Notice]:
-    """Refuse copies that are not ancestors of `best`; warn where nothing can tell.
+def is_ancestor(best: Metadata, generation: int, digest: bytes) -> bool | None:
+    """Whether a generation is `best` or one that it descends from; None where nothing can tell.
 
     An ancestor's digest is in the history of `best`, which is complete until it is full.
+
+    Args:
+        best: the metadata that counts.
+        generation: the other one's number.
+        digest: its digest.
+    """
+    if digest in (best.digest, best.parent_digest):
+        return True
+    known = dict(best.history)
+    if generation in known:
+        return known[generation] == digest[:8]
+    complete = len(best.history) < MAX_HISTORY and (
+        bool(best.history) or best.parent_digest == NO_DIGEST
+    )
+    oldest = min(known, default=best.generation)
+    if complete or not generation < min(oldest, best.generation - 1):
+        return False
+    return None
+
+
+def _descent(best: Metadata, header: Header) -> bool | None:
+    """What `is_ancestor` says of a copy, or else what was noted when its spare was missing."""
+    found = is_ancestor(best, header.generation, header.digest)
+    if found is None:
+        last = last_common(best, header.spare_uuid)
+        if last and header.generation >= last[0]:
+            return (header.generation, header.digest[:8]) == last
+    return found
+
+
+def last_common(metadata: Metadata, spare_uuid: uuid.UUID) -> tuple[int, bytes] | None:
+    """The newest generation that a missing spare can share: its number, 8 bytes of its digest.
+
+    It is noted by the first commit of an activation without that spare, so that what comes back
+    can be judged also when the history does not reach back so far. None where nothing is noted.
+    """
+    for entry in metadata.config["spares"]:
+        if entry is not None and uuid.UUID(entry["uuid"]) == spare_uuid:
+            noted = entry.get(LAST_COMMON)
+            try:
+                return int(noted["generation"]), bytes.fromhex(noted["digest"])
+            except (KeyError, TypeError, ValueError):
+                return None
+    return None
+
+
+def check_lineage(best: Metadata, found: Iterable[tuple[str, Copy]]) -> list[Notice]:
+    """Refuse copies that are not ancestors of `best`; warn where nothing can tell.
 
     Args:
         best: the generation that counts.
@@ -552,23 +610,13 @@ def check_lineage(best: Metadata, found: Iterable[tuple[str, Copy]]) -> list[Not
     Raises:
         SplitBrain: histories diverged.
     """
-    known = dict(best.history)
-    complete = len(best.history) < MAX_HISTORY and (
-        bool(best.history) or best.parent_digest == NO_DIGEST
-    )
-    oldest = min(known, default=best.generation)
     unproved = set()
     for key, copy in found:
-        header = copy.header
-        if header.digest in (best.digest, best.parent_digest):
-            continue
-        recorded = known.get(header.generation)
-        if recorded is None and header.generation < oldest and not complete:
-            if header.generation == best.generation - 1:
-                raise _split_brain(best, found)
-            unproved.add(key)
-        elif recorded != header.digest[:8]:
+        descends = _descent(best, copy.header)
+        if descends is False:
             raise _split_brain(best, found)
+        if descends is None:
+            unproved.add(key)
     message = f"is too old to prove that generation {best.generation} descends from it"
     return [Notice("unproved", key, message) for key in sorted(unproved)]
 
@@ -983,10 +1031,14 @@ def _note_unwritten(slots: _Slots, good: Collection[int]) -> None:
 
 
 def wipe(device: Device, seen: Survey) -> tuple[int, ...]:
-    """Overwrite every slot, so that no later survey finds a copy. Far slots go first.
+    """Overwrite every slot, so that no later survey finds a copy.
 
-    Slots are the near ones, those of every size that a valid header gave, and those that hold or
-    may hold a copy. An empty device is not touched.
+    Slots are the near ones, those of every size that a valid header gave, those of the sizes that
+    the survey was told, and those that hold or may hold a copy. An empty device is not touched.
+
+    A crash on the way leaves copies of the newest generation or none, never only older ones or
+    another target's: these lose their bodies first. Far slots go next, while near headers tell
+    where they are.
 
     Args:
         device: open for writing.
@@ -1003,8 +1055,8 @@ def wipe(device: Device, seen: Survey) -> tuple[int, ...]:
     far = {sector for size in seen.sizes for sector in _far_sectors(size)}
     far |= {copy.sector for copy in seen.failed if copy.diagnosis is not Diagnosis.MAGIC}
     far -= set(NEAR_SECTORS)
-    # While near copies are left they tell where the far ones are.
     sectors = (*sorted(far, reverse=True), *reversed(NEAR_SECTORS))
+    _spoil_older(device, seen)
     wiped = []
     failed = []
     for sector in sectors:
@@ -1028,6 +1080,28 @@ def wipe(device: Device, seen: Survey) -> tuple[int, ...]:
             remedy="do not use it again as it is; erase the whole device",
         )
     return tuple(wiped)
+
+
+def _spoil_older(device: Device, seen: Survey) -> None:
+    """Make all copies invalid but those of the newest generation; their headers stay.
+
+    Where nobody can say whose spare the device is, that is all of them.
+
+    What fails here fails in the wipe itself too, and is reported there.
+    """
+    newest = max((copy.header.generation for copy in seen.copies), default=0)
+    older = [
+        copy.header.sector
+        for copy in seen.copies
+        if seen.contested or copy.header.generation < newest
+    ]
+    older += [copy.sector for copy in seen.failed if copy.diagnosis is Diagnosis.FOREIGN]
+    with contextlib.suppress(OSError):
+        for sector in older:
+            with contextlib.suppress(OSError):
+                device.write(sector + HEADER_SECTORS, bytes(HEADER_BYTES))
+        if older:
+            device.flush()
 
 
 def _marked(device: Device, sectors: Iterable[int]) -> Iterator[int]:

@@ -59,6 +59,8 @@ from .planner import (
     OldSpare,
     Plan,
     Request,
+    RestoreRequest,
+    RestoreSeen,
     Seen,
     SpareSeen,
     Stray,
@@ -84,6 +86,8 @@ _KERNEL_TARGETS = ("integrity", "delay", "multipath")
 _BAD_PLACES = 3
 # What a spare answers where a block has no valid tag: it works, and the block is lost.
 _TAG_ERRORS = (0, errno.EILSEQ)
+# What dm-integrity's superblock starts with (SB_MAGIC in drivers/md/dm-integrity.c).
+_INTEGRITY_MAGIC = b"integrt\0"
 _MCL_CURRENT, _MCL_FUTURE = 1, 2
 
 
@@ -620,11 +624,8 @@ class Engine:
         )
         settled = replacing.is_settled(self._mapper, found) and is_parked(self._mapper, found)
         tidy = bool(found.frozen) or settled
-        return replace(
-            found,
-            tidy=tidy and not any(look.suspended for look in looks),
-            certain=not found.lost_spares or _agrees(found, over_main),
-        )
+        found = _judged(found, over_main)
+        return replace(found, tidy=tidy and not any(look.suspended for look in looks))
 
     def _with_spares(self, target: ActiveTarget, looks: Sequence[_Look]) -> ActiveTarget:
         """The target with its spares, sorted by what can be done with them."""
@@ -641,7 +642,7 @@ class Engine:
                 continue
             trouble = look.trouble or self._trouble_in_data(look, metadata)
             if trouble or look.candidate is None:
-                mapped = not _fails_in_map(target, look.index)
+                mapped = not planner.fails_in_map(target, look.index)
                 lost[look.index] = LostSpare(
                     look.index, look.devno, look.below, path, trouble, mapped
                 )
@@ -731,12 +732,21 @@ class Engine:
         name: str,
         main: str | None,
         spares: Sequence[str],
+        degraded: bool = False,
         migrate_from: str | None = None,
     ) -> Seen:
         """Observe what a request is about.
 
-        Devices that do not exist are refused, but for ``migrate_from``: once the target is
-        migrated, the old spare is not needed any more.
+        Args:
+            name: the target.
+            main: path of main; None for a removal.
+            spares: paths of the spares.
+            degraded: spares that do not exist or cannot be read are no reason to fail.
+            migrate_from: path of a kernel target's spare. It need not exist, because it is not
+                needed any more once the target is migrated.
+
+        Raises:
+            DmRemapError: a device does not exist or cannot be read.
         """
         target = self.observe(name)
         remains = () if target else tuple(self._remains(name))
@@ -745,7 +755,14 @@ class Engine:
         mains = [target.main, target.replacement] if target else []
         if main and wanted and target and wanted.devno not in [i.devno for i in mains if i]:
             new_main = self._candidate(main, with_signatures=True)
-        candidates = [self._candidate(path, self._is_new(target, path)) for path in spares]
+        candidates, absent = [], []
+        for path in spares:
+            try:
+                candidates.append(self._candidate(path, self._is_new(target, path)))
+            except (DmRemapError, OSError):
+                if not degraded:
+                    raise
+                absent.append(path)
         if main is None:
             # An interrupted removal has left spares that nobody may have named.
             known = {candidate.info.devno for candidate in candidates}
@@ -755,6 +772,11 @@ class Engine:
             # A new target records what its main contains.
             with self._blocks.BlockDevice(main) as device:
                 wanted = fingerprint.with_content(wanted, device)
+        owners = [c.survey.target_uuid for c in candidates if c.survey.target_uuid]
+        owner = target.metadata.target_uuid if target else next(iter(owners), None)
+        if owner is None and wanted:
+            infos = [candidate.info for candidate in candidates]
+            owner = self._remembered(name, wanted, infos)
         return Seen(
             target=target,
             remains=remains,
@@ -765,6 +787,11 @@ class Engine:
             new_main=new_main,
             others=() if target else tuple(self._other_mains(candidates)),
             old_spare=self._old_spare(migrate_from) if migrate_from is not None else None,
+            absent=tuple(absent),
+            witness=self._backups.newest(owner) if owner else None,
+            removed=self._backups.removal(owner)
+            if owner and self._backups.is_removed(owner)
+            else "",
         )
 
     def _old_spare(self, path: str) -> OldSpare | None:
@@ -793,9 +820,124 @@ class Engine:
                 devnos[path or ""] = self._blocks.describe(path or "").devno
         known = planner.spare_index(target, device, devnos.get(device, ""))
         candidate = None
-        if add and known is None and device in devnos:
-            candidate = self._candidate(device, with_signatures=True)
-        return SpareSeen(target, candidate, devnos)
+        lost = {spare.index for spare in target.lost_spares}
+        if add and known in (None, *lost) and device in devnos:
+            candidate = self._candidate(device, with_signatures=known is None)
+        witness = self._backups.newest(target.metadata.target_uuid)
+        return SpareSeen(target, candidate, devnos, witness)
+
+    def _remembered(
+        self, name: str, main: DeviceInfo, spares: Sequence[DeviceInfo]
+    ) -> uuid.UUID | None:
+        """The target, by the host's backups, that had these devices; or else this name."""
+        found = None
+        for owner in self._backups.targets():
+            metadata = None if self._backups.is_removed(owner) else self._backups.newest(owner)
+            if metadata is None or not metadata.extents:
+                continue
+            members = [planner.member_index(info, metadata) for info in spares]
+            if set(members) != {None} or replacement.is_surely(main, metadata.config["main"]):
+                return owner
+            if metadata.config.get("name") == name:
+                found = owner
+        return found
+
+    def backup_of(self, name: str, generation: int | None = None) -> Metadata:
+        """The host's backup of a target.
+
+        Args:
+            name: the target's name or UUID.
+            generation: which one; None takes the newest that can be read.
+
+        Raises:
+            Refused: there is none, or several targets had that name.
+        """
+        found: dict[uuid.UUID, Metadata] = {}
+        for owner in self._backups.targets():
+            metadata = self._backups.newest(owner)
+            if metadata and name in (str(owner), metadata.config.get("name")):
+                found[owner] = metadata
+        if len(found) > 1:
+            raise Refused(
+                f"is the name of several targets in {self._backups.folder}: "
+                + ", ".join(map(str, found)),
+                device=name,
+                remedy="give the UUID of the one that is meant",
+            )
+        for owner, newest in found.items():
+            try:
+                return newest if generation is None else self._backups.read(owner, generation)
+            except (OSError, DmRemapError) as error:
+                raise Refused(
+                    f"has no backup of generation {generation} that can be read: {error}",
+                    device=name,
+                    remedy=f"choose one of {self._backups.generations(owner)}",
+                ) from error
+        raise Refused(
+            f"has no backup in {self._backups.folder}",
+            device=name,
+            remedy="restore it on the host that the target was used on",
+        )
+
+    def see_restore(self, request: RestoreRequest, backup: Metadata) -> RestoreSeen:
+        """Observe what a restoration is about.
+
+        Args:
+            request: what is wanted.
+            backup: the generation that is to be restored.
+
+        Raises:
+            DmRemapError: a device does not exist or cannot be read.
+        """
+        names = [name for name in self.target_names() if self._is_of(name, backup)]
+        active = self.observe(request.name) is not None or bool(names)
+        candidates = tuple(self._candidate(path, True) for path in request.spares)
+        owner = backup.target_uuid
+        return RestoreSeen(
+            backup=backup,
+            active=active,
+            remains=() if active else tuple(self._remains(request.name)),
+            taken=() if active else tuple(self._taken(request.name)),
+            main=self._blocks.describe(request.main),
+            candidates=candidates,
+            tagged=frozenset(c.info.path for c in candidates if self._has_tags(c, backup)),
+            removed=self._backups.removal(owner) if self._backups.is_removed(owner) else "",
+        )
+
+    def _is_of(self, name: str, metadata: Metadata) -> bool:
+        device = self._mapper.info(name)
+        return device is not None and device.uuid == _dm_uuid(metadata)
+
+    def _has_tags(self, candidate: Candidate, metadata: Metadata) -> bool:
+        """Whether dm-integrity's superblock is where a spare of the target has it."""
+        index = planner.member_index(candidate.info, metadata)
+        if candidate.survey.spare_uuid:
+            index = planner.index_of_uuid(metadata, candidate.survey.spare_uuid)
+        if index is None:
+            return False
+        geometry = geometry_of(metadata, index)
+        try:
+            with self._blocks.BlockDevice(candidate.info.path) as device:
+                raw = device.read(geometry.tag_start, geometry.block_sectors)
+        except (DmRemapError, OSError):
+            return False
+        return raw.startswith(_INTEGRITY_MAGIC)
+
+    def _do_restore_metadata(self, plan: Plan, action: planner.Action) -> None:
+        """Commit a backup as a new generation, with the entries of new spares."""
+        wanted = _metadata_of(plan)
+        backup = self._backups.read(wanted.target_uuid, action.details["from"])
+        new = replace(self.successor(backup), generation=wanted.generation, config=wanted.config)
+        with contextlib.ExitStack() as members:
+            opened = self._open_members(members, plan.spares)
+            left_out = self._commit_to(opened, None, new, ())
+        self.backup(new)
+        for index, reason in left_out.items():
+            raise DmRemapError(
+                f"took no metadata: {reason}",
+                device=plan.spares[index].path,
+                remedy="activate the target without it, with degraded: true",
+            )
 
     def see_devices(self, paths: Sequence[str], signatures: bool = True) -> tuple[Candidate, ...]:
         """Observe devices: who each is and what is on it.
@@ -979,17 +1121,27 @@ class Engine:
         self._wipe_copies(action.device)
 
     def _do_wipe_metadata(self, plan: Plan, action: planner.Action) -> None:
+        # A device whose near copies are damaged may have been resized since.
+        entries = plan.metadata.config["spares"] if plan.metadata else []
+        sizes = {entry["geometry"]["spare_sectors"] for entry in entries if entry}
         try:
-            self._wipe_copies(action.device)
-        except DmRemapError as error:
-            if plan.after["generation"] is None:
+            self._wipe_copies(action.device, sizes)
+        except (DmRemapError, OSError) as error:
+            if plan.after["generation"] is None and not action.details.get("lost"):
                 raise
-            # The target goes on without this spare, and its copies count for nothing any more.
+            # The target goes on without this spare, and its copies count for nothing any more; or
+            # the user is warned that a lost one keeps them.
             self._progress(str(error))
 
-    def _wipe_copies(self, path: str) -> None:
+    def _wipe_copies(self, path: str, sizes: Collection[int] = ()) -> None:
         with self._blocks.BlockDevice(path, writable=True) as device:
-            copies.wipe(device, copies.survey(device))
+            copies.wipe(device, copies.survey(device, sizes))
+
+    def _do_note_removal(self, plan: Plan, action: planner.Action) -> None:
+        try:
+            self._backups.note_removal(_metadata_of(plan).target_uuid)
+        except OSError as error:
+            self._progress(f"the removal is not noted in {self._backups.folder}: {error}")
 
     def _do_format_spare(self, plan: Plan, action: planner.Action) -> None:
         # With a zeroed superblock the kernel makes a new journal, and with zeroed tags no data
@@ -1007,10 +1159,11 @@ class Engine:
                 ) from error
 
     def _do_activate_spare(self, plan: Plan, action: planner.Action) -> None:
-        index, metadata = _index_of(plan, action.device), _metadata_of(plan)
+        index = _index_of(plan, action.device)
+        self._activate_spare(plan.name, _metadata_of(plan), index, plan.spares[index])
+
+    def _activate_spare(self, name: str, metadata: Metadata, index: int, info: DeviceInfo) -> None:
         geometry = geometry_of(metadata, index)
-        info = plan.spares[index]
-        name = plan.name
         pieces = (
             (stack.tags_name(name, index), "tags", geometry.tag_start, geometry.tag_sectors),
             (stack.data_name(name, index), "data", geometry.data_start, geometry.data_sectors),
@@ -1035,11 +1188,97 @@ class Engine:
         )
 
     def _do_deactivate_spare(self, plan: Plan, action: planner.Action) -> None:
-        upper = action.details["name"]
-        uuid_of_target = _dm_uuid(_metadata_of(plan))
-        for name in (upper, f"{upper}-data", f"{upper}-tags"):
-            if own_part(self._mapper, uuid_of_target, plan.name, name):
-                self._mapper.remove(name)
+        self._deactivate_spare(plan.name, _metadata_of(plan), action.details["name"])
+
+    def _deactivate_spare(self, name: str, metadata: Metadata, upper: str) -> None:
+        for part in (upper, f"{upper}-data", f"{upper}-tags"):
+            if own_part(self._mapper, _dm_uuid(metadata), name, part):
+                self._mapper.remove(part)
+
+    def _do_return_spare(self, plan: Plan, action: planner.Action) -> None:
+        """Let a spare that was lost serve its chunks again.
+
+        The generation that is committed first shows whoever knows the target that it has changed.
+        """
+        target, index = self.require(plan.name), action.details["index"]
+        name, info = plan.name, plan.spares[index]
+        planner.check_certain(target)
+        if target.frozen or all(lost.index != index for lost in target.lost_spares):
+            raise DmRemapError(
+                f"spare {index} is not as it was when its return was planned",
+                device=info.path,
+                remedy="run this again",
+            )
+        upper = stack.spare_name(name, index)
+        lost = tuple(lost for lost in target.lost_spares if lost.index != index)
+        if target.main is None:
+            # The freezing devices may hand flushes to its old device.
+            self._freezer.park(replace(target, lost_spares=lost), anew=True)
+        self._deactivate_spare(name, target.metadata, upper)
+        self._step("old_removed")
+        self._activate_spare(name, target.metadata, index, info)
+        self._step("spare_activated")
+        devno = self._existing(upper).devno
+        trouble = self._trouble_in_data(_Look(index, devno), target.metadata)
+        if trouble:
+            self._deactivate_spare(name, target.metadata, upper)
+            raise DmRemapError(
+                f"was to be used again as spare {index}, but {trouble}",
+                device=info.path,
+                remedy="replace it, or remove it with discard_remaps: true",
+            )
+        noted = planner.with_notes(
+            target.metadata,
+            [s.index for s in lost if planner.is_noted(target.metadata, s.index)],
+        )
+        new = replace(self.successor(target.metadata), config=noted.config)
+        devices = {**target.spare_infos, index: info}
+        with contextlib.ExitStack() as members:
+            opened = self._open_members(members, devices)
+            left_out = self._commit(target, opened, target.metadata, new, {index})
+        if index in left_out:
+            self._deactivate_spare(name, target.metadata, upper)
+            raise DmRemapError(
+                f"was to be used again as spare {index}, but takes no metadata: {left_out[index]}",
+                device=info.path,
+                remedy="replace it, or remove it with discard_remaps: true",
+            )
+        back = ActiveSpare(index, devno, self._candidate(info.path, with_signatures=False))
+        self._serve(
+            replace(
+                target,
+                spares=(*target.spares, back),
+                lost_spares=lost,
+                choice=replace(target.choice, metadata=new),
+            )
+        )
+        self.backup(new)
+
+    def _serve(self, target: ActiveTarget) -> None:
+        """Give the map, and the target above what holds errors, the tables for its spares."""
+        name = target.name
+        with self._mapper.events() as events:
+            self._freezer.swap_map(target, target.map_table(target.metadata), events)
+            self._step("map_swapped")
+            if target.path:
+                sectors = target.metadata.config["main"]["sectors"]
+                hold = self._existing(stack.hold_name(name)).devno
+                self._mapper.load(name, stack.top_table(sectors, hold, target.unavailable))
+                self._mapper.swap(name, events)
+
+    def _do_serve_spares(self, plan: Plan, action: planner.Action) -> None:
+        self._serve(self.require(plan.name))
+
+    def _do_note_missing(self, plan: Plan, action: planner.Action) -> None:
+        """Commit, before a target is used, which of its spares are missing."""
+        metadata = _metadata_of(plan)
+        noted = planner.with_notes(metadata, action.details["missing"])
+        new = replace(self.successor(metadata), config=noted.config)
+        stale = self._left_out.get(metadata.target_uuid, set())
+        with contextlib.ExitStack() as members:
+            opened = self._open_members(members, plan.spares)
+            self._commit_to(opened, metadata, new, stale & set(opened))
+        self.backup(new)
 
     def _do_add_spare(self, plan: Plan, action: planner.Action) -> None:
         target, index = self.require(plan.name), action.details["index"]
@@ -1262,7 +1501,7 @@ class Engine:
             self._left_out.setdefault(choice.metadata.target_uuid, set()).add(index)
             self._progress(str(error))
 
-    def _do_restore_metadata(self, plan: Plan, action: planner.Action) -> None:
+    def _do_write_copies(self, plan: Plan, action: planner.Action) -> None:
         metadata = _metadata_of(plan)
         spare_uuid = spare_uuid_of(metadata, _index_of(plan, action.device))
         with self._blocks.BlockDevice(action.device, writable=True) as device:
@@ -1298,7 +1537,9 @@ class Engine:
             self._create_parked(metadata, name, main.devno)
         table = planner.map_table(metadata, upper_main, spares, flushed, new_main=new_main)
         if metadata.config["on_error"] == planner.HOLD:
-            table = self._create_hold(metadata, name, table, main.devno)
+            missing = [i for i in planner.configured(metadata) if i not in plan.spares]
+            cut = planner.sectors_on(metadata, missing)
+            table = self._create_hold(metadata, name, table, main.devno, cut)
         self._mapper.create(name, _dm_uuid(metadata), table, private=False)
 
     def _create_new_main(self, plan: Plan) -> str:
@@ -2144,13 +2385,30 @@ class Engine:
         members: Mapping[int, OpenDevice],
         current: Metadata,
         new: Metadata,
+        returned: Collection[int] = (),
     ) -> dict[int, str]:
         """Commit to all spares; why some did not take it, by index.
+
+        Args:
+            target: the target.
+            members: its spares.
+            current: the generation that they carry.
+            new: the next one.
+            returned: indexes of spares that may carry an older one.
 
         Raises:
             DmRemapError: none took it, or what is on one contradicts what is known.
         """
-        stale = self._stale(target) & set(members)
+        stale = self._stale(target).union(returned) & set(members)
+        return self._commit_to(members, current, new, stale)
+
+    def _commit_to(
+        self,
+        members: Mapping[int, OpenDevice],
+        current: Metadata | None,
+        new: Metadata,
+        stale: Collection[int],
+    ) -> dict[int, str]:
         done = copies.commit(members, current, new, self._step, stale)
         left_out = {index: rewrite.left_out for index, rewrite in done.items() if rewrite.left_out}
         self._left_out[new.target_uuid] = set(left_out)
@@ -2491,7 +2749,9 @@ def host_id() -> uuid.UUID:
 
 def request_seen(engine: Engine, request: Request) -> Seen:
     """Observe what ``request`` names."""
-    return engine.see(request.name, request.main, request.spares, request.migrate_from)
+    return engine.see(
+        request.name, request.main, request.spares, request.degraded, request.migrate_from
+    )
 
 
 def _dm_uuid(metadata: Metadata) -> str:
@@ -2508,14 +2768,33 @@ def _index_of(plan: Plan, path: str) -> int:
     return next(index for index, info in plan.spares.items() if info.path == path)
 
 
-def _fails_in_map(target: ActiveTarget, index: int) -> bool:
-    """Whether the live map has errors where chunks on spare ``index`` are."""
-    chunk_sectors = target.metadata.config["chunk_sectors"]
-    starts = [chunk * chunk_sectors for chunk in planner.chunks_on(target.metadata, index)]
-    return bool(starts) and any(
-        segment.target == "error" and segment.start <= starts[0] < segment.start + segment.length
-        for segment in target.table
+def _judged(target: ActiveTarget, over_main: str) -> ActiveTarget:
+    """The target with its certainty.
+
+    A spare that the map does not use, although chunks are on it, counts as lost for as long as
+    another one is: an interruption left it so on its return, and `_do_return_spare` ends that.
+    """
+    if not target.lost_spares or _agrees(target, over_main):
+        return replace(target, certain=True)
+    used = {mapping.linear_target(s)[0] for s in target.table if s.target == "linear"}
+    idle = {
+        spare.index: spare
+        for spare in target.spares
+        if spare.devno not in used and planner.fails_in_map(target, spare.index)
+    }
+    lost = [*target.lost_spares]
+    for index, spare in idle.items():
+        info = spare.candidate.info
+        reason = "is there again, and the target does not use it yet"
+        lost.append(LostSpare(index, spare.devno, info.devno, info.path, reason, mapped=False))
+    without = replace(
+        target,
+        spares=tuple(spare for spare in target.spares if spare.index not in idle),
+        lost_spares=tuple(sorted(lost, key=lambda spare: spare.index)),
     )
+    if idle and without.spares and _agrees(without, over_main):
+        return replace(without, certain=True)
+    return replace(target, certain=False)
 
 
 def _agrees(target: ActiveTarget, over_main: str = "") -> bool:

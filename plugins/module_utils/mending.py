@@ -238,7 +238,7 @@ def plan_restore(
     whole = [c for c in candidate.survey.copies if c.header.digest == metadata.digest]
     if len(whole) < COPIES or candidate.survey.failed or not formatted:
         details = {"generation": metadata.generation, "spare": index}
-        actions.append(Action("restore_metadata", info.path, details))
+        actions.append(Action("write_copies", info.path, details))
     return Plan(
         name=str(metadata.config.get("name", "")),
         actions=tuple(actions),

@@ -26,7 +26,7 @@ from .format import (
     geometry_of,
     plan_geometry,
 )
-from .mapping import build_table, describe_table
+from .mapping import build_table, describe_table, linear_target
 from .migration import Migration
 from .stack import CARRIER_SECTORS, PathState, part_names, spare_name, spare_part_names
 
@@ -184,8 +184,7 @@ class ActiveTarget:
     @property
     def unavailable(self) -> tuple[tuple[int, int], ...]:
         """Ranges (start, count) of its sectors that are on spares which cannot be used."""
-        chunks = [c for lost in self.lost_spares for c in chunks_on(self.metadata, lost.index)]
-        return tuple(sectors_of(self.metadata, sorted(chunks)))
+        return sectors_on(self.metadata, [lost.index for lost in self.lost_spares])
 
     @property
     def behind(self) -> set[int]:
@@ -315,6 +314,8 @@ class Request:
         migrate_pending: what to do with its remaps that may never have been used, one of
             `migration.PENDING_CHOICES`; None refuses them.
         migrate_unit: bytes that each of its remaps stands for; None takes a logical block.
+        degraded: a target may be activated although spares of it are missing, and spares may be
+            named that do not exist.
     """
 
     name: str
@@ -331,6 +332,7 @@ class Request:
     migrate_from: str | None = None
     migrate_pending: str | None = None
     migrate_unit: int | None = None
+    degraded: bool = False
 
 
 @dataclass(frozen=True)
@@ -355,6 +357,10 @@ class Seen:
         new_main: what is on the device that is to be main where another one is it now.
         others: devices one of which may be the other main of a replacement under way.
         old_spare: the kernel target's spare that the target is to be migrated from, if it is there.
+        absent: paths of named spares that do not exist or cannot be read.
+        witness: the newest of the host's backups of the target; where no spare tells which one it
+            is, of the target that had this name or one of these devices.
+        removed: path of the host's note that the target was removed on purpose; else empty.
     """
 
     target: ActiveTarget | None
@@ -366,6 +372,9 @@ class Seen:
     new_main: Candidate | None = None
     others: tuple[DeviceInfo, ...] = ()
     old_spare: OldSpare | None = None
+    absent: tuple[str, ...] = ()
+    witness: Metadata | None = None
+    removed: str = ""
 
 
 @dataclass(frozen=True)
@@ -433,14 +442,19 @@ def plan_present(
     for candidate in seen.candidates:
         _check_unused(candidate.info, seen.remains, "spare")
     choice = _existing(request, seen.candidates)
-    if choice is None:
-        return _plan_creation(request, main, seen, new_uuid)
-    _check_migrated(request, choice.metadata)
-    if migration.unfinished(choice.metadata):
-        # It was never active, so all that is on its spares is still where it came from.
-        begun = frozenset(c.info.path for c in seen.candidates if not c.survey.empty)
-        return _plan_creation(request, main, seen, new_uuid, begun)
-    return _plan_activation(request, main, seen, choice)
+    if choice:
+        _check_migrated(request, choice.metadata)
+        if not migration.unfinished(choice.metadata):
+            return _plan_activation(request, main, seen, choice)
+    if seen.absent:
+        raise Refused(
+            "cannot be read, and no other spare carries the target's metadata",
+            device=", ".join(seen.absent),
+            remedy="attach one of the target's spares, or name existing devices for a new target",
+        )
+    # What was never active is still where it came from, so all that is on its spares can go.
+    begun = frozenset(c.info.path for c in seen.candidates if choice and not c.survey.empty)
+    return _plan_creation(request, main, seen, new_uuid, begun)
 
 
 def request_faults(request: Request) -> Iterator[tuple[str, DmRemapError]]:
@@ -526,7 +540,7 @@ def _with_config(plan: Plan, changed: Mapping[str, Any]) -> Plan:
         metadata, generation=metadata.generation + 1, config={**metadata.config, **changed}
     )
     action = Action("update_config", plan.name, {"generation": after.generation, **changed})
-    spares = {i: info for i, info in plan.spares.items() if i in _configured(after)}
+    spares = {i: info for i, info in plan.spares.items() if i in configured(after)}
     geometries = {index: geometry_of(after, index) for index in spares}
     said = set(pool_warnings(metadata, geometries))
     return replace(
@@ -763,17 +777,14 @@ def _plan_activation(request: Request, main: DeviceInfo, seen: Seen, choice: cop
     by_uuid = {c.survey.spare_uuid: c for c in seen.candidates if c.survey.spare_uuid}
     by_uuid.update(unreached)
     spares: dict[int, DeviceInfo] = {}
+    missing: list[int] = []
     for index, entry in enumerate(metadata.config["spares"]):
         if entry is None:
             continue
         candidate = by_uuid.pop(uuid.UUID(entry["uuid"]), None)
         if candidate is None:
-            raise Refused(
-                f"spare {index} ({entry.get('model') or 'no model'}, serial "
-                f"{entry.get('serial') or 'unknown'}, {entry['uuid']}) is not among the spares",
-                device=request.name,
-                remedy="give all of the target's spares",
-            )
+            missing.append(index)
+            continue
         check_identity(candidate.info, entry, f"spare {index}")
         spares[index] = candidate.info
     if by_uuid:
@@ -782,15 +793,22 @@ def _plan_activation(request: Request, main: DeviceInfo, seen: Seen, choice: cop
             device=", ".join(c.info.path for c in by_uuid.values()),
             remedy="leave it out",
         )
+    _check_not_removed(seen, [c.info.path for c in seen.candidates])
+    _check_missing(request, seen, metadata, missing)
     actions = [Action("remove_remains", name) for name in seen.remains]
     actions += _repairs(choice, spares)
     actions += [Action("repair_metadata", c.info.path) for _uuid, c in unreached]
     actions += _activations(request.name, spares)
+    noted = with_notes(metadata, missing)
+    if noted.config != metadata.config:
+        details = {"generation": metadata.generation + 1, "missing": missing}
+        actions.append(Action("note_missing", request.name, details))
+        noted = replace(noted, generation=metadata.generation + 1)
+    after = noted
     actions.append(_creation(request.name, mains[0], mains[1]))
-    after = metadata
     if mains[1]:
         kind = REPLACE if main is mains[1] else UNDO
-        action, after = _replacing(kind, request.name, metadata, mains[0], mains[1])
+        action, after = _replacing(kind, request.name, noted, mains[0], mains[1], missing)
         actions.append(action)
     geometries = {index: geometry_of(metadata, index) for index in spares}
     plan = Plan(
@@ -801,10 +819,120 @@ def _plan_activation(request: Request, main: DeviceInfo, seen: Seen, choice: cop
         metadata=metadata,
         main=mains[0],
         spares=spares,
-        warnings=warnings_of(choice) + pool_warnings(metadata, geometries),
+        final=noted if noted.generation > metadata.generation else None,
+        warnings=(
+            *warnings_of(choice),
+            *_doubts(metadata, missing, seen.witness),
+            *pool_warnings(metadata, geometries),
+        ),
         replacement=mains[1],
     )
     return _with_config(plan, _policies(request, metadata.config))
+
+
+def is_noted(metadata: Metadata, index: int) -> bool:
+    """Whether a generation was committed already in the knowledge that a spare is missing."""
+    spare_uuid = uuid.UUID(metadata.config["spares"][index]["uuid"])
+    return copies.last_common(metadata, spare_uuid) is not None
+
+
+def with_notes(metadata: Metadata, missing: Collection[int]) -> Metadata:
+    """The metadata with notes of which spares are missing, and until when they were there.
+
+    They are committed before a target is used without a spare. If that spare carries a generation
+    which nobody else has, the two histories then differ, whatever is done to the target.
+
+    Args:
+        metadata: the generation that counts.
+        missing: indexes of the spares that are missing; there is no note of any other.
+    """
+    note = {"generation": metadata.generation, "digest": metadata.digest[:8].hex()}
+    entries = []
+    for index, entry in enumerate(metadata.config["spares"]):
+        if entry and index in missing and not is_noted(metadata, index):
+            entry = {**entry, copies.LAST_COMMON: note}
+        elif entry and index not in missing:
+            entry = {key: value for key, value in entry.items() if key != copies.LAST_COMMON}
+        entries.append(entry)
+    return replace(metadata, config={**metadata.config, "spares": entries})
+
+
+def _check_not_removed(seen: Seen, paths: Sequence[str]) -> None:
+    if seen.removed:
+        raise Refused(
+            "belongs to a target that was removed from this host while it was not there",
+            device=", ".join(paths),
+            remedy="wipe it with state: absent and this device among the spares, or remove the "
+            f"file {seen.removed} if the target is to live again",
+        )
+
+
+def _check_missing(
+    request: Request, seen: Seen, metadata: Metadata, missing: Sequence[int]
+) -> None:
+    """Refuse to go on without spares, unless the user allows it and nothing speaks against it.
+
+    Each commit goes to all spares that can be reached, and one is enough for it. So whatever the
+    spares carry that are there, a missing one can have been written last, also one that has no
+    chunk by their generation. Nothing but the user's word and the host's own backup can tell.
+    """
+    if not missing:
+        return
+    named = ", ".join(_named_spare(metadata, index) for index in missing)
+    if not request.degraded:
+        raise Refused(
+            f"would be activated without {named}",
+            device=request.name,
+            remedy="give all of the target's spares; or, if none of these was in use after the "
+            "others, degraded: true, and the chunks on them give errors until they are back",
+        )
+    if not _agrees_with(seen.witness, metadata):
+        newest = seen.witness.generation if seen.witness else 0
+        raise Refused(
+            f"carries generation {metadata.generation}, but this host committed generation "
+            f"{newest} of the target, which does not precede it and must be on {named}",
+            device=", ".join(c.info.path for c in seen.candidates),
+            remedy="attach these spares, or restore the host's backup",
+        )
+
+
+def _agrees_with(witness: Metadata | None, metadata: Metadata) -> bool:
+    """Whether a generation that the host has committed is not later than, or beside, another."""
+    if witness is None:
+        return True
+    found = copies.is_ancestor(metadata, witness.generation, witness.digest)
+    return found is not False
+
+
+def _named_spare(metadata: Metadata, index: int) -> str:
+    entry = metadata.config["spares"][index]
+    chunks = count_of(len(chunks_on(metadata, index)), "remapped chunk")
+    return (
+        f"spare {index} ({entry.get('model') or 'no model'}, serial "
+        f"{entry.get('serial') or 'unknown'}, {entry['uuid']}) with {chunks}"
+    )
+
+
+def _doubts(
+    metadata: Metadata, missing: Sequence[int], witness: Metadata | None
+) -> tuple[str, ...]:
+    """What the user should know of spares that are missing, and of a backup that is newer."""
+    found = []
+    for index in missing:
+        text = f"{_named_spare(metadata, index)} is missing; these chunks give errors"
+        if not is_noted(metadata, index):
+            text += (
+                f", and if it was in use after the others, which are at generation "
+                f"{metadata.generation}, chunks that were remapped then have older data now"
+            )
+        found.append(text)
+    if witness and not missing and not _agrees_with(witness, metadata):
+        found.append(
+            f"generation {metadata.generation} is on all spares, but this host committed "
+            f"generation {witness.generation}, which does not precede it; the disks were set back, "
+            "or were used elsewhere"
+        )
+    return tuple(found)
 
 
 def _mains_of(
@@ -844,6 +972,7 @@ def _plan_creation(
             device=main.path,
             remedy="give a larger main or a smaller chunk_size",
         )
+    _check_unknown(request, seen, main)
     spares = {index: c.info for index, c in enumerate(seen.candidates)}
     entries = []
     limits = asdict(pool.Thresholds())
@@ -998,6 +1127,29 @@ def _check_old_devices(
         )
 
 
+def _check_unknown(request: Request, seen: Seen, main: DeviceInfo) -> None:
+    """Refuse to begin anew where the host knows of remapped chunks that would be lost by it.
+
+    Spares whose copies of the metadata were all overwritten look empty.
+    """
+    backup = seen.witness
+    if not backup or not backup.extents or seen.removed or migration.unfinished(backup):
+        return
+    if request.wipe and request.discard_remaps:
+        return
+    known = [c.info.path for c in seen.candidates if member_index(c.info, backup) is not None]
+    if not known and not replacement.is_surely(main, backup.config["main"]):
+        return
+    count = sum(extent.length for extent in backup.extents)
+    raise Refused(
+        f"belongs to target {backup.config.get('name')!r} by this host's backup, with "
+        f"{count_of(count, 'remapped chunk')}, but none of the spares carries its metadata",
+        device=", ".join(known) or main.path,
+        remedy="give the target's own spares, restore their metadata from the backup, or give "
+        "wipe: true with discard_remaps: true to lose those chunks and begin anew",
+    )
+
+
 def _check_spare(candidate: Candidate, main: DeviceInfo, chunk_bytes: int, wipe: bool) -> Geometry:
     info = candidate.info
     if main.logical_block not in LOGICAL_BLOCKS:
@@ -1076,22 +1228,27 @@ def _plan_active(
     main = _present(seen.main, request.main)
     _check_unchangeable(request, target.metadata)
     _check_distinct(main, [c.info for c in seen.candidates])
-    known = {spare_index(target, c.info.path, c.info.devno) for c in seen.candidates}
-    if replacement.under_way(target.metadata):
+    lost = {spare.index for spare in target.lost_spares}
+    known = {_index_by_device(target, candidate) for candidate in seen.candidates}
+    if request.degraded or replacement.under_way(target.metadata):
         # A lost spare cannot be named nor removed then, and the replacement must be able to go on.
-        known |= {spare.index for spare in target.lost_spares}
+        known |= lost
     change = SpareChange(
         added=tuple(
-            c for c in seen.candidates if spare_index(target, c.info.path, c.info.devno) is None
+            candidate
+            for candidate in seen.candidates
+            if spare_index(target, candidate.info.path, candidate.info.devno) in (None, *lost)
         ),
         removed=tuple(index for index in spare_indexes(target) if index not in known),
         wipe=request.wipe,
         discard_remaps=request.discard_remaps,
+        witness=seen.witness,
     )
     begun = change_spares(target, main, change, new_uuid)
     plan = _with_settings(request, target, seen, main, begun)
     replaced = _with_replacement(request, target, seen, main, plan)
-    if replaced is not plan and (change.added or change.removed):
+    kinds = {action.kind for action in begun.actions}
+    if replaced is not plan and kinds & {"add_spare", "remove_spare", "return_spare"}:
         raise Refused(
             "would get another main and other spares at once",
             device=request.name,
@@ -1258,6 +1415,9 @@ def plan_upkeep(target: ActiveTarget) -> Plan:
     if target.path and (target.past_hold or target.certain and target.cut != target.unavailable):
         details = {"sectors": [list(item) for item in target.unavailable]}
         actions.append(Action("cut_off", target.name, details))
+    shut = [spare.index for spare in target.spares if fails_in_map(target, spare.index)]
+    if target.path is None and target.certain and not target.frozen and shut:
+        actions.append(Action("serve_spares", target.name, {"indexes": shut}))
     # A spare that cannot be read may have a newer generation, of which they are spares.
     for stray in target.strays if not target.lost_spares else ():
         if stray.marked:
@@ -1275,6 +1435,16 @@ def plan_upkeep(target: ActiveTarget) -> Plan:
         warnings=warnings_of(target.choice)
         + degradation(target)
         + pool_warnings(target.metadata, usable_geometries(target)),
+    )
+
+
+def fails_in_map(target: ActiveTarget, index: int) -> bool:
+    """Whether the live map has errors where chunks on spare ``index`` are."""
+    chunk_sectors = target.metadata.config["chunk_sectors"]
+    starts = [chunk * chunk_sectors for chunk in chunks_on(target.metadata, index)]
+    return bool(starts) and any(
+        segment.target == "error" and segment.start <= starts[0] < segment.start + segment.length
+        for segment in target.table
     )
 
 
@@ -1303,6 +1473,12 @@ def chunks_on(metadata: Metadata, index: int) -> list[int]:
     ]
 
 
+def sectors_on(metadata: Metadata, indexes: Collection[int]) -> tuple[tuple[int, int], ...]:
+    """Ranges (start, count) of the target's sectors that are on these spares."""
+    chunks = [chunk for index in indexes for chunk in chunks_on(metadata, index)]
+    return tuple(sectors_of(metadata, sorted(chunks)))
+
+
 def sectors_of(metadata: Metadata, chunks: Sequence[int]) -> list[tuple[int, int]]:
     """The sectors of chunks on the target, as (first, count), joined."""
     places = [where(metadata, chunk) for chunk in chunks]
@@ -1325,6 +1501,7 @@ def plan_absent(
     """
     check_name(name)
     gone: list[Action] = []
+    unsure: list[Action] = []
     if target:
         if target.device.open_count:
             raise Refused(
@@ -1333,7 +1510,27 @@ def plan_absent(
                 remedy="unmount it and close what uses it",
             )
         metadata = target.metadata
+        choice = target.choice
         spares = target.spare_infos
+        own = {info.devno for info in spares.values()}
+        lost = [spare for spare in target.lost_spares if spare.path]
+        own |= {spare.below for spare in lost}
+        away = [
+            candidate
+            for candidate in seen.candidates
+            if candidate.survey.target_uuid == metadata.target_uuid
+            and candidate.info.devno not in own
+        ]
+        for candidate in away:
+            _check_unused(candidate.info, (), "spare to be wiped")
+            check_not_reused(candidate)
+        unsure = [
+            *(
+                Action("wipe_metadata", c.info.path, {"spare": str(c.survey.spare_uuid)})
+                for c in away
+            ),
+            *(Action("wipe_metadata", spare.path, {"lost": True}) for spare in lost),
+        ]
         gone = [
             *(_deactivation(name, lost.index, lost.path) for lost in target.lost_spares),
             *(_deactivation(name, stray.index, stray.path) for stray in target.strays),
@@ -1343,7 +1540,8 @@ def plan_absent(
         if not marked:
             actions = tuple(Action("remove_remains", left) for left in seen.remains)
             return Plan(name=name, actions=actions, before=_nothing(), after=_nothing())
-        metadata = copies.choose({path: c.survey for path, c in marked.items()}).metadata
+        choice = copies.choose({path: c.survey for path, c in marked.items()})
+        metadata = choice.metadata
         if metadata.config.get("name") != name:
             raise Refused(
                 f"is a spare of target {metadata.config.get('name')!r}",
@@ -1369,7 +1567,14 @@ def plan_absent(
             "lose what was copied already",
         )
     # What an interruption leaves in the kernel shows the next run which spares are to be wiped.
-    wipes = [Action("wipe_metadata", info.path) for info in spares.values()]
+    # What is older goes first, so that what is left is the newest generation or nothing.
+    older = choice.stale | choice.retired
+    paths = sorted((info.path for info in spares.values()), key=lambda path: path not in older)
+    wipes = [
+        Action("note_removal", name),
+        *unsure,
+        *(Action("wipe_metadata", path) for path in paths),
+    ]
     if target:
         actions = (
             Action("remove_target", f"/dev/mapper/{name}"),
@@ -1386,7 +1591,31 @@ def plan_absent(
         after=_nothing(),
         metadata=metadata,
         spares=spares,
-        warnings=degradation(target) if target else (),
+        warnings=()
+        if seen.removed
+        else _left_behind(metadata, target, unsure, list(choice.spares)),
+    )
+
+
+def _left_behind(
+    metadata: Metadata,
+    target: ActiveTarget | None,
+    wiped: Sequence[Action],
+    reached: Sequence[int],
+) -> tuple[str, ...]:
+    """What the user should know of spares whose copies stay, because they are not there."""
+    paths = {action.device for action in wiped}
+    found = set(reached)
+    if target:
+        found |= {s.index for s in target.lost_spares if s.path in paths}
+    return tuple(
+        f"{_named_spare(metadata, index)} is not there and keeps its metadata; wipe it before it "
+        "is used again, by state: absent with it among the spares"
+        for index in sorted(configured(metadata) - found)
+        if not any(
+            action.details.get("spare") == metadata.config["spares"][index]["uuid"]
+            for action in wiped
+        )
     )
 
 
@@ -1799,34 +2028,40 @@ class SpareSeen:
 
     Args:
         target: the active target.
-        candidate: the device that is to be a spare; None where it does not exist, or is to go.
+        candidate: the device that is to be a spare, also if it is a lost one; None where it does
+            not exist, or is to go.
         devnos: device numbers of the paths that were named, where they exist.
+        witness: the newest of the host's backups of the target.
     """
 
     target: ActiveTarget
     candidate: Candidate | None
     devnos: Mapping[str, str] = field(default_factory=dict)
+    witness: Metadata | None = None
 
 
 @dataclass(frozen=True)
 class SpareChange:
     """Spares that come and go: devices, and indexes.
 
-    ``wipe`` and ``discard_remaps`` are those of `SpareRequest`.
+    ``wipe`` and ``discard_remaps`` are those of `SpareRequest`, ``witness`` is that of `Seen`.
+    Devices of lost spares that are there again may be among those that come.
     """
 
     added: tuple[Candidate, ...] = ()
     removed: tuple[int, ...] = ()
     wipe: bool = False
     discard_remaps: bool = False
+    witness: Metadata | None = None
 
 
 def spare_indexes(target: ActiveTarget) -> list[int]:
     """Indexes of all configured spares, lost ones too."""
-    return sorted(_configured(target.metadata))
+    return sorted(configured(target.metadata))
 
 
-def _configured(metadata: Metadata) -> set[int]:
+def configured(metadata: Metadata) -> set[int]:
+    """Positions of all spares in the configuration."""
     return {index for index, entry in enumerate(metadata.config["spares"]) if entry}
 
 
@@ -1855,12 +2090,13 @@ def plan_spare_present(
     target = seen.target
     index = spare_index(target, request.device, seen.devnos.get(request.device, ""))
     added: tuple[Candidate, ...] = ()
-    if index is None:
-        if seen.candidate is None:
-            raise Refused(
-                "no such device", device=request.device, remedy="name an existing block device"
-            )
+    if seen.candidate:
         added = (seen.candidate,)
+        index = _index_by_device(target, seen.candidate)
+    elif index is None:
+        raise Refused(
+            "no such device", device=request.device, remedy="name an existing block device"
+        )
     removed: tuple[int, ...] = ()
     if request.replaces is not None:
         old = spare_index(target, request.replaces, seen.devnos.get(request.replaces, ""))
@@ -1873,7 +2109,7 @@ def plan_spare_present(
         if old is not None and old == index:
             raise Refused("cannot replace itself", device=request.device, remedy="give another")
         removed = () if old is None else (old,)
-    change = SpareChange(added, removed, request.wipe, request.discard_remaps)
+    change = SpareChange(added, removed, request.wipe, request.discard_remaps, seen.witness)
     return change_spares(target, target.main, change, new_uuid)
 
 
@@ -1890,6 +2126,21 @@ def plan_spare_absent(request: SpareRequest, seen: SpareSeen) -> Plan:
     return change_spares(target, target.main, change, uuid.uuid4)
 
 
+def _index_by_device(target: ActiveTarget, candidate: Candidate) -> int | None:
+    """The index of the spare that a device is; also of a lost one by the metadata on it."""
+    index = spare_index(target, candidate.info.path, candidate.info.devno)
+    if index is None and candidate.survey.target_uuid == target.metadata.target_uuid:
+        for lost in target.lost_spares:
+            if _is_spare(candidate, target.metadata, lost.index):
+                return lost.index
+    return index
+
+
+def _is_spare(candidate: Candidate, metadata: Metadata, index: int) -> bool:
+    entry = metadata.config["spares"][index]
+    return candidate.survey.spare_uuid == uuid.UUID(entry["uuid"])
+
+
 def _listed(target: ActiveTarget) -> str:
     paths = [spare.candidate.info.path for spare in target.spares]
     uuids = [target.metadata.config["spares"][lost.index]["uuid"] for lost in target.lost_spares]
@@ -1904,12 +2155,18 @@ def change_spares(
 ) -> Plan:
     """Plan that spares come and go: first all that come, then each that goes is emptied.
 
-    Chunks of those that go move to those that come, as long as these have room.
+    Lost spares that are there again come first. Chunks of spares that go move to those that come,
+    as long as these have room.
 
     Raises:
         Refused: a device cannot be a spare, or the chunks have no room; nothing was written.
     """
     upkeep = plan_upkeep(target)
+    returns, warnings, added = _returns(target, change)
+    if returns:
+        upkeep, target = _with_returns(upkeep, target, returns)
+    change = replace(change, added=added)
+    upkeep = replace(upkeep, warnings=(*upkeep.warnings, *warnings))
     if not change.added and not change.removed:
         return upkeep
     check_certain(target)
@@ -1955,6 +2212,132 @@ def change_spares(
         spares=spares,
         final=after,
     )
+
+
+def _returns(
+    target: ActiveTarget, change: SpareChange
+) -> tuple[dict[int, Candidate], tuple[str, ...], tuple[Candidate, ...]]:
+    """Lost spares that are there again by index, why others cannot return, and the new devices.
+
+    What is on a spare that was away is current for all chunks that the chosen generation has on
+    it: nothing else took their writes, and no chunk gets the place of another meanwhile.
+
+    Raises:
+        Refused: it carries what does not belong to the target's history, or is a clone.
+    """
+    returns: dict[int, Candidate] = {}
+    warnings: list[str] = []
+    added = []
+    used = {linear_target(s)[0] for s in target.table if s.target == "linear"}
+    lost_spares = {lost.index: lost for lost in target.lost_spares}
+    for candidate in change.added:
+        index = _index_by_device(target, candidate)
+        if index is None:
+            added.append(candidate)
+            continue
+        lost = lost_spares[index]
+        if not _is_spare(candidate, target.metadata, index):
+            # Its copies cannot be read.
+            continue
+        if lost.devno and lost.devno in used:
+            warnings.append(
+                f"{candidate.info.path}: spare {index} can be read again, but a flush must fail "
+                "first, because it may have lost writes that were not flushed; flush the target, "
+                "for example by sync, or with on_error: fail stop what uses it and activate it "
+                "again"
+            )
+            continue
+        _check_return(target, candidate, index)
+        if index in returns:
+            raise Refused(
+                f"and {returns[index].info.path} are both spare {index}: one is a clone",
+                device=candidate.info.path,
+                remedy="leave the clone out",
+            )
+        returns[index] = candidate
+    if returns:
+        check_certain(target)
+        _check_history(target, change, returns)
+    return returns, tuple(warnings), tuple(added)
+
+
+def _check_return(target: ActiveTarget, candidate: Candidate, index: int) -> None:
+    info = candidate.info
+    check_identity(info, target.metadata.config["spares"][index], f"spare {index}")
+    check_not_reused(candidate)
+    _check_unused(info, spare_part_names(target.name, index), "spare")
+    sectors = geometry_of(target.metadata, index).spare_sectors
+    if info.sectors < sectors:
+        raise Refused(
+            f"has {info.sectors} sectors, but was laid out as spare {index} for {sectors}",
+            device=info.path,
+            remedy="restore its size",
+        )
+    for one in filter(None, (target.main, target.replacement)):
+        _check_distinct(one, [*(s.candidate.info for s in target.spares), info])
+
+
+def _check_history(
+    target: ActiveTarget, change: SpareChange, returns: Mapping[int, Candidate]
+) -> None:
+    """Refuse spares that carry what the running target does not build on."""
+    metadata = target.metadata
+    surveys = {s.candidate.info.path: s.candidate.survey for s in target.spares}
+    surveys.update((c.info.path, c.survey) for c in returns.values())
+    choice = copies.choose(surveys)
+    if choice.metadata.digest != metadata.digest:
+        raise Refused(
+            f"carries generation {choice.metadata.generation}, but the target runs with "
+            f"{metadata.generation}, and what was written since belongs to that",
+            device=choice.source,
+            remedy="decide which to keep: leave this spare out, or copy the data off first",
+        )
+    others = len(target.lost_spares) > len(returns)
+    if others and not _agrees_with(change.witness, metadata):
+        raise Refused(
+            f"runs with generation {metadata.generation}, but this host has committed another one "
+            "since, which must be on a spare that is still missing",
+            device=target.name,
+            remedy="attach all of its spares",
+        )
+
+
+def _with_returns(
+    upkeep: Plan, target: ActiveTarget, returns: Mapping[int, Candidate]
+) -> tuple[Plan, ActiveTarget]:
+    """The plan in which lost spares return, and the target as it is then."""
+    metadata = target.metadata
+    actions: list[Action] = []
+    lost = {spare.index for spare in target.lost_spares} - set(returns)
+    for index, candidate in sorted(returns.items()):
+        details = {
+            "index": index,
+            "chunks": len(chunks_on(metadata, index)),
+            "generation": metadata.generation + len(actions) + 1,
+        }
+        actions.append(Action("return_spare", candidate.info.path, details))
+    back = [ActiveSpare(index, "", candidate) for index, candidate in returns.items()]
+    after = with_notes(metadata, [i for i in lost if is_noted(metadata, i)])
+    after = replace(after, generation=metadata.generation + len(actions))
+    target = replace(
+        target,
+        spares=tuple(sorted([*target.spares, *back], key=lambda spare: spare.index)),
+        lost_spares=tuple(s for s in target.lost_spares if s.index in lost),
+        choice=replace(target.choice, metadata=after),
+    )
+    plan = replace(
+        upkeep,
+        actions=(*upkeep.actions, *actions),
+        after=_state(after, target.spare_infos),
+        metadata=after,
+        spares=target.spare_infos,
+        warnings=(
+            *warnings_of(target.choice),
+            *degradation(target),
+            *pool_warnings(after, usable_geometries(target)),
+        ),
+    )
+    return plan, target
 
 
 def _additions(
@@ -2043,15 +2426,24 @@ def _check_addition(
     _check_unused(info, sorted(strays), "spare")
     seen = candidate.survey
     own = seen.target_uuid == metadata.target_uuid
-    indexes = _configured(metadata)
+    indexes = configured(metadata)
     if own and any(
         str(seen.spare_uuid) == metadata.config["spares"][index]["uuid"] for index in indexes
     ):
         raise Refused(
             "is a spare of this target, or a clone of one",
             device=info.path,
-            remedy="give another device; a spare that was away comes back when the target is "
-            "activated again",
+            remedy="give another device",
+        )
+    was = member_index(info, metadata)
+    left = [lost.index for lost in target.lost_spares if lost.index == was]
+    given_up = change.wipe and change.discard_remaps
+    if left and chunks_on(metadata, left[0]) and not given_up:
+        raise Refused(
+            f"is {_named_spare(metadata, left[0])}, and its metadata was overwritten",
+            device=info.path,
+            remedy="stop the target and restore the metadata from the host's backup; or give "
+            "wipe: true with discard_remaps: true to lose those chunks",
         )
     count = max((sum(e.length for e in c.metadata.extents) for c in seen.copies), default=0)
     if change.wipe and not change.discard_remaps and count and not own:
@@ -2164,3 +2556,279 @@ def _path_of(target: ActiveTarget, index: int) -> str:
         if lost.index == index and lost.path:
             return lost.path
     return str(target.metadata.config["spares"][index]["uuid"])
+
+
+# Restoring metadata from the host's backup
+
+
+@dataclass(frozen=True)
+class RestoreRequest:
+    """The host's backup of an inactive target is to be written to devices again.
+
+    Args:
+        name: the target.
+        main: path of main.
+        spares: its spares that are left, with or without metadata; and empty devices, which become
+            new spares of it.
+        degraded: spares of it may be missing.
+        wipe: new spares may hold something, which is erased, but for copies of metadata.
+    """
+
+    name: str
+    main: str
+    spares: tuple[str, ...]
+    degraded: bool = False
+    wipe: bool = False
+
+
+@dataclass(frozen=True)
+class RestoreSeen:
+    """What was observed for a restoration.
+
+    Args:
+        backup: the generation that is to be restored.
+        active: whether a target of that name, or that target, is active.
+        remains: mapped devices that an interrupted command of ours left under that name.
+        taken: mapped devices of others that have a name which the target needs.
+        main: the device that is main.
+        candidates: the devices that were named as spares.
+        tagged: paths of candidates that have dm-integrity's superblock where the backup says.
+        removed: path of the host's note that the target was removed on purpose; else empty.
+    """
+
+    backup: Metadata
+    active: bool
+    remains: tuple[str, ...]
+    taken: tuple[str, ...]
+    main: DeviceInfo
+    candidates: tuple[Candidate, ...]
+    tagged: frozenset[str] = frozenset()
+    removed: str = ""
+
+
+def member_index(info: DeviceInfo, metadata: Metadata) -> int | None:
+    """The spare that a device surely is by its hardware alone, whatever is on it.
+
+    Size and every known one of serial number, WWN and model agree, and the first or the second is
+    known, and no other spare fits as well.
+    """
+    fitting = []
+    for index in sorted(configured(metadata)):
+        entry = metadata.config["spares"][index]
+        mine = replacement.identity_of(info)
+        same = entry["geometry"]["spare_sectors"] == info.sectors and not any(
+            mine[key] != entry[key] for key in mine if mine[key] and entry.get(key)
+        )
+        if same and any(mine[key] and mine[key] == entry.get(key) for key in ("serial", "wwn")):
+            fitting.append(index)
+    return fitting[0] if len(fitting) == 1 else None
+
+
+def index_of_uuid(metadata: Metadata, spare_uuid: uuid.UUID) -> int | None:
+    """The position of a spare in the configuration, by its UUID."""
+    for index in configured(metadata):
+        if uuid.UUID(metadata.config["spares"][index]["uuid"]) == spare_uuid:
+            return index
+    return None
+
+
+def plan_restore(
+    request: RestoreRequest, seen: RestoreSeen, new_uuid: Callable[[], uuid.UUID] = uuid.uuid4
+) -> Plan:
+    """Plan to write the metadata of a backup to the spares that are left, and to new ones.
+
+    Data and tag areas of the target's own spares are not touched. Those that are missing stay in
+    the configuration: their chunks give errors until they are back or are given up. The target is
+    not activated by it; `plan_present` does that, with ``degraded`` where spares are missing.
+
+    Raises:
+        Refused: it cannot be done safely; nothing was written.
+    """
+    backup = seen.backup
+    check_name(request.name)
+    _check_restorable(request, seen)
+    members, fresh = _members_and_fresh(request, seen)
+    missing = sorted(configured(backup) - set(members))
+    if missing and not request.degraded:
+        raise Refused(
+            "would be restored without "
+            + ", ".join(_named_spare(backup, index) for index in missing),
+            device=request.name,
+            remedy="give these spares too, or degraded: true, and the chunks on them give errors",
+        )
+    noted = with_notes(backup, missing)
+    entries = list(noted.config["spares"])
+    actions = [Action("remove_remains", name) for name in seen.remains]
+    spares = {index: candidate.info for index, candidate in members.items()}
+    for index, info in spares.items():
+        if info.path not in seen.tagged:
+            # Nothing is on it, and old tags must not make old data valid.
+            chunks = pool.capacity(geometry_of(backup, index), index, ()).total
+            actions.append(Action("format_spare", info.path, {"chunks": chunks}))
+    for candidate in fresh:
+        index = next((i for i, entry in enumerate(entries) if entry is None), len(entries))
+        if index == MAX_SPARES:
+            raise Refused(
+                f"would have more than {MAX_SPARES} spares, the missing ones included",
+                device=request.name,
+                remedy="give fewer new spares",
+            )
+        geometry = _check_spare(
+            candidate, seen.main, backup.config["chunk_sectors"] * SECTOR_BYTES, request.wipe
+        )
+        entries[index : index + 1] = [
+            {
+                "uuid": str(new_uuid()),
+                "geometry": geometry.to_dict(),
+                **replacement.identity_of(candidate.info),
+            }
+        ]
+        spares[index] = candidate.info
+        content = list(candidate.signatures)
+        if content or not candidate.survey.empty:
+            actions.append(Action("wipe_spare", candidate.info.path, {"content": content}))
+        chunks = pool.capacity(geometry, index, ()).total
+        actions.append(Action("format_spare", candidate.info.path, {"chunks": chunks}))
+    after = replace(noted, generation=_above_all(seen), config={**noted.config, "spares": entries})
+    details = {"from": backup.generation, "generation": after.generation}
+    actions.append(Action("restore_metadata", request.name, details))
+    doubt = (
+        f"the backup is of generation {backup.generation}; chunks that were remapped after it, if "
+        "any, have main's older data now"
+    )
+    spares = dict(sorted(spares.items()))
+    return Plan(
+        name=request.name,
+        actions=tuple(actions),
+        before=_nothing(),
+        after=_state(after, spares),
+        metadata=after,
+        main=seen.main,
+        spares=spares,
+        warnings=(
+            doubt,
+            *(f"{_named_spare(backup, i)} is missing; these chunks give errors" for i in missing),
+        ),
+    )
+
+
+def _check_restorable(request: RestoreRequest, seen: RestoreSeen) -> None:
+    name = seen.backup.config.get("name")
+    if name != request.name:
+        raise Refused(f"the backup is of target {name!r}", device=request.name, remedy="name it")
+    if seen.active:
+        raise Refused(
+            "is active, so its metadata is on its spares",
+            device=request.name,
+            remedy="repair it with the target module",
+        )
+    if seen.taken:
+        raise Refused(
+            "is a mapped device of something else, whose name the target would need",
+            device=f"/dev/mapper/{seen.taken[0]}",
+            remedy="remove that device",
+        )
+    if seen.removed:
+        raise Refused(
+            "was removed from this host on purpose, so its main and spares may have other data now",
+            device=request.name,
+            remedy=f"remove the file {seen.removed} if it is to live again",
+        )
+    if not request.spares:
+        raise Refused("has no spare to be restored to", device=request.name, remedy="give one")
+    if not replacement.under_way(seen.backup):
+        _check_main_identity(seen.main, seen.backup)
+    _check_distinct(seen.main, [c.info for c in seen.candidates])
+    _check_unused(seen.main, seen.remains, "main")
+    for candidate in seen.candidates:
+        _check_unused(candidate.info, seen.remains, "spare")
+
+
+def _members_and_fresh(
+    request: RestoreRequest, seen: RestoreSeen
+) -> tuple[dict[int, Candidate], list[Candidate]]:
+    """The target's own spares by index, and the devices that are new to it."""
+    members: dict[int, Candidate] = {}
+    fresh = []
+    for candidate in seen.candidates:
+        info, backup = candidate.info, seen.backup
+        _check_older(candidate, backup)
+        index = member_index(info, backup)
+        if candidate.survey.spare_uuid:
+            index = index_of_uuid(backup, candidate.survey.spare_uuid)
+        if index is None:
+            _check_no_member(info, backup)
+            fresh.append(candidate)
+            continue
+        check_identity(info, backup.config["spares"][index], f"spare {index}")
+        check_not_reused(candidate)
+        if info.path not in seen.tagged and chunks_on(backup, index):
+            raise Refused(
+                f"is spare {index}, but its checksum tags were overwritten too, so nothing tells "
+                "good data on it from other",
+                device=info.path,
+                remedy="leave it out",
+            )
+        if index in members:
+            raise Refused(
+                f"and {members[index].info.path} are both spare {index}: one is a clone",
+                device=info.path,
+                remedy="leave the clone out",
+            )
+        members[index] = candidate
+    return members, fresh
+
+
+def _check_older(candidate: Candidate, backup: Metadata) -> None:
+    """Refuse a device with any sign of metadata that the backup does not continue."""
+    info, survey = candidate.info, candidate.survey
+    if survey.newer:
+        raise Refused(
+            "carries metadata of a newer format",
+            device=info.path,
+            remedy="use a version of the collection that knows it",
+        )
+    for header in survey.headers:
+        spares = {uuid.UUID(backup.config["spares"][i]["uuid"]) for i in configured(backup)}
+        if header.target_uuid != backup.target_uuid or header.spare_uuid not in spares:
+            raise Refused(
+                f"carries metadata of spare {header.spare_uuid} of target {header.target_uuid}, "
+                "which is not in the backup",
+                device=info.path,
+                remedy="give the target's own spares, and new ones that are empty",
+            )
+        if header.generation > backup.generation:
+            raise Refused(
+                f"carries generation {header.generation}, newer than the backup's "
+                f"{backup.generation}",
+                device=info.path,
+                remedy="activate the target from its spares, with degraded: true where some are "
+                "missing",
+            )
+        if copies.is_ancestor(backup, header.generation, header.digest) is False:
+            raise Refused(
+                f"carries a generation {header.generation} that the backup's "
+                f"{backup.generation} does not descend from",
+                device=info.path,
+                remedy="decide which to keep; leave this device out to restore the backup",
+            )
+    if survey.contested:
+        raise Refused("is more than one spare", device=info.path, remedy="leave it out")
+
+
+def _check_no_member(info: DeviceInfo, backup: Metadata) -> None:
+    """Refuse to take for new what has the serial number or the WWN of one of the spares."""
+    for index in sorted(configured(backup)):
+        entry, mine = backup.config["spares"][index], replacement.identity_of(info)
+        if any(mine[key] and mine[key] == entry.get(key) for key in ("serial", "wwn")):
+            raise Refused(
+                f"has the serial number or the WWN of spare {index}, but not its size and model",
+                device=info.path,
+                remedy="restore its size, or give another device",
+            )
+
+
+def _above_all(seen: RestoreSeen) -> int:
+    """A generation above every one that is known of."""
+    found = [header.generation for c in seen.candidates for header in c.survey.headers]
+    return max([seen.backup.generation, *found]) + 1

@@ -55,7 +55,8 @@ options:
     default: false
   state:
     description:
-      - V(present) makes O(device) a spare.
+      - V(present) makes O(device) a spare. A lost spare of the target that is there again is used
+        as it is, and its chunks can be read again.
       - V(absent) empties it, removes it, and erases the metadata on it.
     type: str
     choices: [present, absent]

@@ -160,11 +160,30 @@ options:
       - Remove a spare that cannot be read although chunks are on it. Their sectors are lost.
     type: bool
     default: false
+  degraded:
+    description:
+      - Activate a target from its metadata although spares of it are missing. They are left out of
+        O(spares), or the paths there do not exist or cannot be read.
+      - Chunks on a missing spare give errors when they are read or written; what the main has in
+        their place is old and never shows. All else works.
+      - Without this the task fails and says which spares are missing and how many remapped chunks
+        are on each.
+      - A missing spare that was in use after all others knows of chunks that these do not know of.
+        If this host has committed such a generation, the task fails in any case. Otherwise nobody
+        can tell, and such chunks have older data then; when the spare comes back, that is seen, and
+        it is refused.
+      - When a missing spare is there again, the same task gives its chunks back, also while the
+        target is in use.
+      - Of an active target, lost spares that are not in O(spares) stay in its configuration.
+    type: bool
+    default: false
   state:
     description:
       - V(present) creates the target, activates it, repairs what an interruption left, or copies
         it to another main.
-      - V(absent) removes the target and every copy of its metadata from its spares.
+      - V(absent) removes the target and every copy of its metadata from its spares. A spare that is
+        missing meanwhile keeps its copies, and a warning says so; this host refuses to activate
+        the target from it later.
     type: str
     choices: [present, absent]
     default: present
@@ -243,6 +262,21 @@ EXAMPLES = r"""
     migrate_pending: spare
     migrate_unit: 4K
 
+- name: Activate a target in an emergency, with one of its spares missing
+  dm_remap.storage.target:
+    name: data
+    main: /dev/disk/by-id/ata-EXAMPLE_MAIN
+    spares: [/dev/disk/by-id/ata-EXAMPLE_SPARE_1]
+    degraded: true
+
+- name: Use the missing spare again, which has been found; its chunks can be read again
+  dm_remap.storage.target:
+    name: data
+    main: /dev/disk/by-id/ata-EXAMPLE_MAIN
+    spares:
+      - /dev/disk/by-id/ata-EXAMPLE_SPARE_1
+      - /dev/disk/by-id/ata-EXAMPLE_SPARE_2
+
 - name: Remove a target that has no remaps; the main is as it was
   dm_remap.storage.target:
     name: data
@@ -319,6 +353,7 @@ def main() -> None:
             "migrate_unit": {"type": "str"},
             "wipe": {"type": "bool", "default": False},
             "discard_remaps": {"type": "bool", "default": False},
+            "degraded": {"type": "bool", "default": False},
             "state": {"type": "str", "choices": ["present", "absent"], "default": "present"},
         },
         required_if=[("state", "present", ("main", "spares"))],

@@ -387,7 +387,7 @@ def test_a_restored_spare_is_what_it_was(stopped: Desk, source: str, kept: tuple
     else:
         dry = stopped.run(f"{line} --dry-run")
         assert (dry.code, image(stopped)) == (0, damaged)
-        assert "restore_metadata /dev/spare0 generation=2 spare=0" in dry.out
+        assert "write_copies /dev/spare0 generation=2 spare=0" in dry.out
     done = stopped.run(line, stdin=stdin)
     assert (done.code, done.err) == (0, "")
     assert image(stopped) == before
@@ -450,7 +450,7 @@ def test_a_fresh_disk_without_chunks_is_formatted_first(stopped: Desk) -> None:
     assert done.code == 0
     assert done.out.splitlines()[1:] == [
         "  format_spare /dev/new",
-        "  restore_metadata /dev/new generation=2 spare=1",
+        "  write_copies /dev/new generation=2 spare=1",
     ]
     assert new.read(old_tags, 1) == bytes(SECTOR)
     assert dumped(stopped, "/dev/new") == dumped(stopped, "/dev/spare0")
@@ -581,7 +581,7 @@ def test_a_target_with_one_spare_of_many_gaps() -> None:
         mending.spare_for(gaps, blank, 0)
     assert mending.spare_for(gaps, blank, 2) == 2
     plan = mending.plan_restore(gaps, blank, 2, True, mending.Known())
-    assert [action.kind for action in plan.actions] == ["restore_metadata"]
+    assert [action.kind for action in plan.actions] == ["write_copies"]
     assert plan.spares == {2: info}
     used = dataclasses.replace(info, used_by=(Use("x", "mounted on", "/"),))
     with pytest.raises(Refused, match="in use"):

@@ -382,7 +382,7 @@ def test_the_words_are_those_of_the_module() -> None:
     options = module_options()
     # What only a person decides, what is no state, what is done once, and what is the host's own.
     own = {"wipe", "discard_remaps", "state", "copy_rate"}
-    own |= {"migrate_from", "migrate_pending", "migrate_unit"}
+    own |= {"migrate_from", "migrate_pending", "migrate_unit", "degraded"}
     assert set(configuration.ENTRY_KEYS) - {"assemble"} == set(options) - own
     assert tuple(options["on_error"]["choices"]) == planner.ON_ERROR
     assert tuple(options["shim"]["choices"]) == planner.SHIMS

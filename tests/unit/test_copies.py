@@ -5,11 +5,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import itertools
 import struct
 import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 
 import pytest
 from hypothesis import given
@@ -34,13 +35,19 @@ from dm_remap.copies import (
 )
 from dm_remap.errors import DmRemapError, Refused
 from dm_remap.format import (
+    HEADER_SECTORS,
+    SLOT_SECTORS,
     BadMetadata,
     Diagnosis,
     Extent,
+    Invalid,
     Metadata,
     pack_slot,
+    slot_sectors_of,
+    unpack_slot,
 )
 from tests.unit.copy_scene import (
+    EMPTY,
     EVEN,
     NOW,
     ODD_AND_FAR,
@@ -876,3 +883,71 @@ def test_a_wipe_cut_short_can_be_repeated() -> None:
         assert set(wipe(disk, survey(disk))) == set(SLOTS)
         disk.sectors = SIZE
         assert survey(disk).empty
+
+
+def valid_copies(disk: Disk, sizes: Iterable[int]) -> list[tuple[int, int]]:
+    """Generation and sector of each copy that any scan could find, whatever size the device has."""
+    sectors = {sector for size in sizes for sector in slot_sectors_of(size)}
+    found = []
+    for sector in sorted(sectors):
+        with contextlib.suppress(Invalid):
+            raw = b"".join(disk.blocks.get(sector + n, EMPTY) for n in range(SLOT_SECTORS))
+            found.append((unpack_slot(raw, sector).header.generation, sector))
+    return found
+
+
+@given(data=st.data())
+def test_no_slot_of_any_known_size_is_valid_after_a_wipe_and_none_is_older_on_the_way(
+    data: st.DataObject,
+) -> None:
+    """Layouts of several sizes, generations and targets, damage, and a device of another size."""
+    sizes = [SIZE, SIZE * 2, SIZE + 4096]
+    disk = Disk(sectors=data.draw(st.sampled_from([SIZE, SIZE * 2, SIZE + 4096, SIZE * 3])))
+    kept: list[int] = []
+    for size in data.draw(st.lists(st.sampled_from(sizes), min_size=1, max_size=3)):
+        owner = data.draw(st.sampled_from([TARGET, TARGET, OTHER_TARGET]))
+        metadata = first(target_uuid=owner, config=config(size=size))
+        metadata = after(metadata, data.draw(st.integers(0, 3)))
+        for index in data.draw(st.sets(st.integers(0, 6), min_size=1)):
+            sector = slot_sectors_of(size)[index]
+            # What is past the end of a device that shrank is on no device.
+            if sector + SLOT_SECTORS <= disk.sectors:
+                disk.put(sector, pack_slot(metadata, SPARES[0], size, index))
+        kept.append(size)
+    for sector in data.draw(st.sets(st.sampled_from(sorted(slot_sectors_of(SIZE))), max_size=4)):
+        if sector + HEADER_SECTORS in disk.blocks:
+            disk.blocks[sector + HEADER_SECTORS] = b"\xff" * SECTOR
+    # What no header tells of, the caller knows from the other spares.
+    told = set(kept)
+    seen = survey(disk, told)
+    own = max((copy.header.generation for copy in seen.copies), default=0)
+    before = disk.clone()
+    disk.log.clear()
+    wipe(disk, seen)
+    sizes = sorted({*kept, disk.sectors})
+    assert valid_copies(disk, sizes) == []
+    assert survey(disk, told).empty
+    # When the older ones have lost their bodies, what a kill leaves is of the newest generation.
+    for event in filter(None, disk.log):
+        before.put(*event)
+        if event[0] % SLOT_SECTORS == 0:
+            left = survey(before, told)
+            assert {copy.header.generation for copy in left.copies} <= {own}
+            assert left.target_uuid in (None, seen.target_uuid)
+
+
+def test_the_far_copies_of_an_old_size_are_found_by_a_header_in_front_of_a_damaged_body() -> None:
+    disk = fill(Disk(), first()).damage(*range(5), offset=4096 + 8)
+    disk.sectors = SIZE * 2
+    seen = survey(disk)
+    assert [copy.header.copy_index for copy in seen.copies] == [5, 6]
+    wipe(disk, seen)
+    assert valid_copies(disk, [SIZE, SIZE * 2]) == []
+
+
+def test_what_only_others_know_of_is_wiped_too() -> None:
+    disk = fill(Disk(), first()).damage(*range(5), offset=0)
+    disk.sectors = SIZE * 2
+    assert not survey(disk).copies
+    wipe(disk, survey(disk, {SIZE}))
+    assert valid_copies(disk, [SIZE]) == []

@@ -128,7 +128,7 @@ def test_the_examples_of_targets_can_be_planned(monkeypatch: pytest.MonkeyPatch)
     migrated = planned.pop("Leave the kernel target dm-remap-v4, whose spare stays as it is")
     assert migrated.migration is not None
     assert migrated.migration.places == {64 + offset: 2000 + offset for offset in range(8)}
-    assert len(planned) == 3
+    assert len(planned) == 5
     for other in planned.values():
         assert other.after["config"]["allocation"] == "first_fit"
 

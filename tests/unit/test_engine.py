@@ -10,6 +10,7 @@ import copy
 import errno
 import itertools
 import random
+import shutil
 import uuid
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -216,6 +217,8 @@ class Scene:
 def make_scene(
     folder: Path, spares: int = 1, block: int = 1, sectors: int = SECTORS, on_error: str = "fail"
 ) -> Scene:
+    # It is another host, which has no backups.
+    shutil.rmtree(folder / "backup", ignore_errors=True)
     kernel = Kernel()
     sectors = sectors // block * block
     main = kernel.add_disk("main", sectors, block)

@@ -506,7 +506,7 @@ def test_an_empty_spare_of_a_target_with_remaps_is_refused() -> None:
 def test_all_spares_of_a_target_are_wanted() -> None:
     seen = marked()
     request = replace(REQUEST, spares=REQUEST.spares[:1])
-    with pytest.raises(Refused, match="spare 1 .*serial-32.* is not among"):
+    with pytest.raises(Refused, match="would be activated without spare 1 .*serial-32"):
         plan_present(request, replace(seen, candidates=seen.candidates[:1]))
 
 
@@ -640,6 +640,7 @@ def test_an_active_target_is_removed_from_above() -> None:
     plan = plan_absent(NAME, target, seen_active(target))
     assert [(action.kind, action.device) for action in plan.actions] == [
         ("remove_target", "/dev/mapper/data"),
+        ("note_removal", "data"),
         ("wipe_metadata", "/dev/spare0"),
         ("wipe_metadata", "/dev/spare1"),
         ("deactivate_spare", "/dev/spare0"),
@@ -668,6 +669,7 @@ def test_an_inactive_target_is_wiped_where_its_metadata_is() -> None:
     seen = replace(marked(), remains=("data-spare0",))
     plan = plan_absent(NAME, None, seen)
     assert [(action.kind, action.device) for action in plan.actions] == [
+        ("note_removal", "data"),
         ("wipe_metadata", "/dev/spare0"),
         ("wipe_metadata", "/dev/spare1"),
         ("remove_remains", "data-spare0"),
