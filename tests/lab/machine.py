@@ -74,6 +74,8 @@ while :; do
     fi
     before=$left
 done
+# The backups are of what the disks had.
+rm -rf /var/lib/dm-remap/backup
 left=$(dmsetup info -c --noheadings -o name,open 2>/dev/null | grep -v '^No devices')
 [ -z "$left" ] || { echo "still there: $left" >&2; exit 1; }
 ! grep -E ' /mnt(/| )' /proc/mounts >&2
