@@ -282,6 +282,7 @@ def decide(
     kept: Mapping[uuid.UUID, Metadata] | None = None,
     overrides: Overrides | None = None,
     now_ns: int | None = None,
+    removed: Mapping[uuid.UUID, str] | None = None,
 ) -> Discovery:
     """Decide for each target that a device tells of. Never raises for what is on the devices.
 
@@ -291,6 +292,7 @@ def decide(
         kept: the newest generation of targets that the host has a backup of.
         overrides: what the operator has decided.
         now_ns: wall clock in nanoseconds since 1970; None reads it.
+        removed: paths of the host's notes of targets that were removed on purpose.
     """
     running = active or {}
     said = overrides or Overrides()
@@ -305,7 +307,7 @@ def decide(
         )
         for target, members in groups.items()
     ]
-    targets = _check_names(_check_mains(targets), running)
+    targets = _check_names(_check_mains(_check_removed(targets, removed or {})), running)
     targets.sort(key=lambda item: (item.name, item.uuid))
     return Discovery(tuple(targets), tuple(_others(found)))
 
@@ -943,6 +945,28 @@ def _refused_too(target: TargetFound, problem: Problem) -> TargetFound:
     return _decided(replace(target, problems=(*target.problems, problem)), running)
 
 
+def _check_removed(
+    targets: Sequence[TargetFound], removed: Mapping[uuid.UUID, str]
+) -> list[TargetFound]:
+    """Refuse targets that were removed from this host on purpose."""
+    return [
+        _refused_too(
+            target,
+            Problem(
+                "removed",
+                "",
+                "was removed from this host on purpose, while some of its spares were not there",
+                "wipe these spares with the target module's state: absent, or remove the file "
+                f"{removed[target.uuid]} if the target is to live again",
+                refuses=True,
+            ),
+        )
+        if target.uuid in removed and target.state is not State.ACTIVE
+        else target
+        for target in targets
+    ]
+
+
 def _check_mains(targets: Sequence[TargetFound]) -> list[TargetFound]:
     """Refuse targets that have a main in common."""
     users: dict[str, list[TargetFound]] = {}
@@ -1054,6 +1078,27 @@ def _spare_match(recorded: Fingerprint, device: Found) -> Match:
 
 
 # Looking at the host
+
+
+@dataclass(frozen=True)
+class Host:
+    """What a host's targets are decided by.
+
+    Attributes:
+        found: all of its devices.
+        active: names of the active targets by UUID.
+        kept: the newest generation of targets that the host has a backup of.
+        removed: paths of the host's notes of targets that were removed on purpose.
+    """
+
+    found: tuple[Found, ...]
+    active: Mapping[uuid.UUID, str] = field(default_factory=dict)
+    kept: Mapping[uuid.UUID, Metadata] = field(default_factory=dict)
+    removed: Mapping[uuid.UUID, str] = field(default_factory=dict)
+
+    def decide(self, overrides: Overrides | None = None, now_ns: int | None = None) -> Discovery:
+        """Decide for each target; see `decide`."""
+        return decide(self.found, self.active, self.kept, overrides, now_ns, self.removed)
 
 
 class Blocks(Protocol):
