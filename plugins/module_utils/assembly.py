@@ -368,6 +368,11 @@ class Report:
         return tuple(target for target in self.targets if target.is_missed)
 
     @property
+    def message(self) -> str:
+        """Why some are not there; "" if all are."""
+        return "; ".join(str(target.error) for target in self.missed)
+
+    @property
     def actions(self) -> list[dict[str, Any]]:
         """What was done to all of them."""
         return [action for target in self.targets for action in target.actions]
@@ -425,11 +430,13 @@ def _assemble_one(
             engine.apply(plan)
             now = engine.observe(request.name)
         return Assembled(target, ASSEMBLED, plan, repaired=_repairs(target, plan, now))
-    except Refused as error:
-        return Assembled(target, FAILED if plan else REFUSED, plan, error)
-    except (DmRemapError, OSError) as error:
-        known = error if isinstance(error, DmRemapError) else DmRemapError(str(error))
-        return Assembled(target, FAILED, plan, known)
+    except DmRemapError as error:
+        if plan is None:
+            return Assembled(target, REFUSED, error=error)
+        failed = DmRemapError(error.message, error.device, error.remedy)
+        return Assembled(target, FAILED, plan, failed)
+    except OSError as error:
+        return Assembled(target, FAILED, plan, DmRemapError(str(error), device=target.name))
 
 
 def _is_removed(problems: Iterable[Any]) -> bool:
