@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
+from . import copies
 from .discovery import Discovery, Host, Overrides, State, TargetFound
 from .errors import DmRemapError, Refused
 from .planner import ActiveTarget, Plan, Request, Seen, plan_present
@@ -211,11 +212,11 @@ def plan_of(target: TargetFound, request: Request, seen: Seen) -> Plan:
             return Plan(target.name, metadata=seen.target.metadata)
         raise _changed(target)
     plan = plan_present(request, seen)
+    surveys = {c.info.path: c.survey for c in seen.candidates}
     metadata, main = target.metadata, target.new_main or target.main
     if (
         metadata is None
-        or plan.metadata is None
-        or plan.metadata.digest != metadata.digest
+        or copies.choose(surveys).metadata.digest != metadata.digest
         or _numbers(plan.spares) != _numbers(target.spares)
         or not (seen.main and main and seen.main.devno == main.devno)
     ):

@@ -948,35 +948,38 @@ def _refused_too(target: TargetFound, problem: Problem) -> TargetFound:
 def _check_removed(
     targets: Sequence[TargetFound], removed: Mapping[uuid.UUID, str]
 ) -> list[TargetFound]:
-    """Refuse targets that were removed from this host on purpose."""
-    return [
-        _refused_too(
-            target,
-            Problem(
+    """Refuse targets that were removed from this host on purpose; no other reason counts more."""
+    checked = []
+    for target in targets:
+        if target.uuid in removed and target.state is not State.ACTIVE:
+            problem = Problem(
                 "removed",
                 "",
-                "was removed from this host on purpose, while some of its spares were not there",
-                "wipe these spares with the target module's state: absent, or remove the file "
+                "it was removed from this host on purpose, while a spare of it was not there",
+                "wipe that spare with the target module's state: absent, or remove the file "
                 f"{removed[target.uuid]} if the target is to live again",
                 refuses=True,
-            ),
-        )
-        if target.uuid in removed and target.state is not State.ACTIVE
-        else target
-        for target in targets
-    ]
+            )
+            target = _decided(replace(target, problems=(problem, *target.problems)))
+        checked.append(target)
+    return checked
+
+
+def _counts(target: TargetFound) -> bool:
+    """Whether a target can be in the way of others, which one that was removed is not."""
+    return all(problem.code != "removed" for problem in target.problems)
 
 
 def _check_mains(targets: Sequence[TargetFound]) -> list[TargetFound]:
     """Refuse targets that have a main in common."""
     users: dict[str, list[TargetFound]] = {}
-    for target in targets:
+    for target in filter(_counts, targets):
         for info in filter(None, (target.main, target.new_main)):
             users.setdefault(info.devno, []).append(target)
     checked = []
     for target in targets:
         for info in filter(None, (target.main, target.new_main)):
-            others = [other for other in users[info.devno] if other.uuid != target.uuid]
+            others = [o for o in users.get(info.devno, ()) if o.uuid != target.uuid]
             if others:
                 target = _refused_too(
                     target,
@@ -997,11 +1000,11 @@ def _check_names(
 ) -> list[TargetFound]:
     """Refuse targets that have a name in common; one that is active keeps it."""
     by_name: dict[str, set[uuid.UUID]] = {}
-    for target in targets:
+    for target in filter(_counts, targets):
         by_name.setdefault(target.name, set()).add(target.uuid)
     checked = []
     for target in targets:
-        others = sorted(by_name[target.name] - {target.uuid})
+        others = sorted(by_name.get(target.name, set()) - {target.uuid})
         if target.name and others and target.uuid not in running:
             target = _refused_too(
                 target,
