@@ -222,10 +222,15 @@ class TargetFound:
             ],
             "stale": list(self.stale),
             "retired": list(self.retired),
-            "damaged": {
-                path: [{"copy": c.index, "diagnosis": c.diagnosis.value} for c in failed]
+            "damaged": [
+                {
+                    "path": path,
+                    "copies": [
+                        {"copy": copy.index, "diagnosis": copy.diagnosis.value} for copy in failed
+                    ],
+                }
                 for path, failed in sorted(self.damaged.items())
-            },
+            ],
             "clones": list(self.clones),
             "sides": [
                 {

@@ -461,8 +461,24 @@ discovery:
           type: list
           elements: str
         damaged:
-          description: Damaged copies of the metadata, by the spare's path.
-          type: dict
+          description: Spares with damaged copies of the metadata.
+          type: list
+          elements: dict
+          contains:
+            path:
+              description: The spare.
+              type: str
+            copies:
+              description: Its damaged copies.
+              type: list
+              elements: dict
+              contains:
+                copy:
+                  description: Number of the copy, 0 to 6.
+                  type: int
+                diagnosis:
+                  description: What is wrong with it, as C(docs/format.md) describes.
+                  type: str
         clones:
           description: Paths of devices with a copy of the content of its main or of a spare.
           type: list

@@ -490,6 +490,20 @@ def test_names_that_changed_meanwhile_are_noticed(moved: Drill, swapped: tuple[s
     moved.check()
 
 
+@pytest.mark.parametrize("name", ["s0", "main-alpha"])
+def test_a_disk_that_was_plugged_in_anew_is_not_what_was_decided_on(
+    moved: Drill, name: str
+) -> None:
+    late = Late(moved)
+    moved.disk(name).devno = "259:77"
+    report = assemble(late, Order(name="alpha"))
+    assert [t.result for t in report.targets] == ["refused"]
+    assert "run this again" in report.message
+    assert moved.kernel.mapped == {}
+    assert moved.results() == ALL
+    moved.check()
+
+
 def test_a_newer_generation_meanwhile_is_noticed(moved: Drill) -> None:
     late = Late(moved)
     assert moved.results() == ALL
