@@ -868,41 +868,8 @@ class Engine:
         return found
 
     def backup_of(self, name: str, generation: int | None = None) -> Metadata:
-        """The host's backup of a target.
-
-        Args:
-            name: the target's name or UUID.
-            generation: which one; None takes the newest that can be read.
-
-        Raises:
-            Refused: there is none, or several targets had that name.
-        """
-        found: dict[uuid.UUID, Metadata] = {}
-        for owner in self._backups.targets():
-            metadata = self._backups.newest(owner)
-            if metadata and name in (str(owner), metadata.config.get("name")):
-                found[owner] = metadata
-        if len(found) > 1:
-            raise Refused(
-                f"is the name of several targets in {self._backups.folder}: "
-                + ", ".join(map(str, found)),
-                device=name,
-                remedy="give the UUID of the one that is meant",
-            )
-        for owner, newest in found.items():
-            try:
-                return newest if generation is None else self._backups.read(owner, generation)
-            except (OSError, DmRemapError) as error:
-                raise Refused(
-                    f"has no backup of generation {generation} that can be read: {error}",
-                    device=name,
-                    remedy=f"choose one of {self._backups.generations(owner)}",
-                ) from error
-        raise Refused(
-            f"has no backup in {self._backups.folder}",
-            device=name,
-            remedy="restore it on the host that the target was used on",
-        )
+        """The host's backup of a target; see `backups.Backups.of`."""
+        return self._backups.of(name, generation)
 
     def see_restore(self, request: RestoreRequest, backup: Metadata) -> RestoreSeen:
         """Observe what a restoration is about.
