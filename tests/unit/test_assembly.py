@@ -8,14 +8,18 @@ What the mains have under remapped chunks is old, and is what must never be read
 
 from __future__ import annotations
 
+import importlib
+import json
+import os
 import shutil
 import uuid
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+from ansible.module_utils.testing import patch_module_args
 
 from dm_remap import engine as engine_module
 from dm_remap.assembly import Order, Report, assemble, choose
@@ -29,6 +33,8 @@ from dm_remap.format import Metadata, geometry_of, pack_slot, slot_sectors_of, s
 from dm_remap.planner import Request, plan_absent, plan_present
 from dm_remap.replacing import Pace
 from dm_remap.salvage import Patience
+from plugins.modules import assemble as assemble_module
+from plugins.modules import info as info_module
 from tests.unit.copy_scene import Disk as MemoryDisk
 from tests.unit.drill_scene import (
     CHUNK,
@@ -563,3 +569,81 @@ def test_a_replacement_under_way_is_activated_with_both_mains(
     for name in ("new", "main-alpha"):
         alone = moved.elsewhere(tmp_path / name, 3).without(name)
         assert alone.results(Order(name="alpha", degraded=True)) == {"alpha": "refused"}
+
+
+# The modules
+
+
+@dataclass
+class Modules:
+    """Runs the modules on a host."""
+
+    drill: Drill
+    patch: pytest.MonkeyPatch
+    output: pytest.CaptureFixture[str]
+
+    def run(self, module: Any, **arguments: Any) -> dict[str, Any]:
+        check = arguments.pop("check", False)
+        controls = {"_ansible_check_mode": check, "_ansible_diff": True}
+        # The tests have the core under another name, and its types must be the same.
+        for name, value in list(vars(module).items()):
+            package, _dot, rest = str(getattr(value, "__module__", "")).partition("module_utils.")
+            if package == "plugins." and rest:
+                core = importlib.import_module(f"dm_remap.{rest}")
+                self.patch.setattr(module, name, getattr(core, name))
+        self.patch.setattr(module, "Engine", lambda guard=False: self.drill.engine())
+        with patch_module_args({**arguments, **controls}), pytest.raises(SystemExit):
+            module.main()
+        result: dict[str, Any] = json.loads(self.output.readouterr().out)
+        return result
+
+    def assemble(self, **arguments: Any) -> dict[str, Any]:
+        return self.run(assemble_module, **arguments)
+
+
+@pytest.fixture
+def modules(
+    moved: Drill, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Modules:
+    monkeypatch.setattr(os, "geteuid", lambda: 0)
+    return Modules(moved, monkeypatch, capsys)
+
+
+def test_the_module_assembles_all(modules: Modules) -> None:
+    planned = modules.assemble(auto=True, check=True)
+    assert planned["changed"]
+    assert modules.drill.kernel.mapped == {}
+    done = modules.assemble(auto=True)
+    assert done["changed"]
+    assert done["actions"] == planned["actions"]
+    assert done["diff"] == planned["diff"]
+    assert len(done["diff"]) == 2 * len(TARGETS)
+    assert {t["name"]: t["result"] for t in done["targets"]} == ALL
+    modules.drill.check()
+    again = modules.assemble(auto=True)
+    assert (again["changed"], again["actions"], again["diff"]) == (False, [], [])
+    found = modules.run(info_module, discover=True)
+    assert {t["state"] for t in found["discovery"]["targets"]} == {"active"}
+    assert "discovery" not in modules.run(info_module)
+
+
+def test_the_module_fails_for_one_and_assembles_the_others(modules: Modules) -> None:
+    modules.drill.without("s0")
+    failed = modules.assemble(auto=True)
+    assert failed["failed"]
+    assert failed["changed"]
+    assert "target alpha can be activated without spare 0" in failed["msg"]
+    assert {t["name"]: t["result"] for t in failed["targets"]} == {**ALL, "alpha": "refused"}
+    done = modules.assemble(name="alpha", degraded="allowed")
+    assert "failed" not in done
+    modules.drill.check(missing=["s0"])
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [{}, {"auto": True, "name": "alpha"}, {"name": ""}, {"auto": True, "use": "/dev/x"}]
+    + [{"auto": True, "main": "/dev/x"}, {"name": "alpha", "degraded": "maybe"}],
+)
+def test_wrong_arguments_do_nothing(modules: Modules, arguments: dict[str, Any]) -> None:
+    assert modules.assemble(**arguments)["failed"]
+    assert modules.drill.kernel.mapped == {}
