@@ -218,7 +218,7 @@ def main() -> None:
     if bool(module.params["name"]) == module.params["auto"]:
         module.fail_json(msg="give either the name of a target, or auto: true for all")
     try:
-        engine = Engine(guard=True)
+        engine = Engine()
         engine.check_host()
         report = assemble(engine, order_of(module.params), module.check_mode)
     except DmRemapError as error:

@@ -9,6 +9,7 @@ What the mains have under remapped chunks is old, and is what must never be read
 from __future__ import annotations
 
 import importlib
+import itertools
 import json
 import os
 import shutil
@@ -49,7 +50,7 @@ from tests.unit.drill_scene import (
     overwrite,
     zero,
 )
-from tests.unit.fake_kernel import SECTOR, Disk, Process
+from tests.unit.fake_kernel import SECTOR, Disk, Killed, Process
 
 SPARES = [spare for spares, _count in TARGETS.values() for spare in spares]
 ALL = dict.fromkeys(TARGETS, "assembled")
@@ -296,6 +297,48 @@ def test_a_clone_of_the_main_is_the_main_once_it_is_named(moved: Drill, tmp_path
     assert main
     assert again.kernel.disks[main.path].serial == "another"
     again.check(names=["alpha"])
+
+
+def dying(drill: Drill, crash: int) -> Process:
+    """A process that is killed at its call of this number."""
+    process = Process(drill.kernel)
+    calls = itertools.count(1)
+
+    def count(name: str) -> None:
+        if next(calls) == crash:
+            process.kill()
+
+    process.on_call = count
+    return process
+
+
+@pytest.mark.parametrize("survivors", ["all", "none"])
+def test_every_crash_while_a_named_clone_becomes_the_spare(
+    host_a: Drill, tmp_path: Path, survivors: str
+) -> None:
+    start = host_a.elsewhere(tmp_path)
+    overwrite(start.disk("s1"), [1])
+    clone = cloned(start, "s0").path
+    start.without("s0")
+    order = Order(name="alpha", use=clone)
+    for crash in itertools.count(1):
+        drill = replace(start, kernel=start.kernel.clone())
+        shutil.rmtree(tmp_path / "backup", ignore_errors=True)
+        try:
+            drill.assemble(order, process=dying(drill, crash))
+        except Killed:
+            pass
+        else:
+            break
+        volatile = drill.kernel.volatile()
+        drill.kernel.cut_power(volatile if survivors == "all" else [])
+        report = drill.assemble(order)
+        assert [t.result for t in report.targets] == ["assembled"], crash
+        drill.check(names=["alpha"])
+        # Now it is recorded, and is the spare without a word.
+        drill.kernel.cut_power(drill.kernel.volatile())
+        assert drill.results(Order(name="alpha")) == {"alpha": "assembled"}, crash
+    assert crash > 20
 
 
 @pytest.mark.parametrize("change", ["larger", "smaller", "block"])
@@ -591,7 +634,7 @@ class Modules:
             if package == "plugins." and rest:
                 core = importlib.import_module(f"dm_remap.{rest}")
                 self.patch.setattr(module, name, getattr(core, name))
-        self.patch.setattr(module, "Engine", lambda guard=False: self.drill.engine())
+        self.patch.setattr(module, "Engine", self.drill.engine)
         with patch_module_args({**arguments, **controls}), pytest.raises(SystemExit):
             module.main()
         result: dict[str, Any] = json.loads(self.output.readouterr().out)
