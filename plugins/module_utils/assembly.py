@@ -298,10 +298,11 @@ class Assembled:
         """What the user should know, though nothing is refused for it."""
         if self.result == REMOVED:
             return [f"target {self.target.name} {self.target.decision}"]
+        # What would refuse a target is no error while it is active, but should be known.
         notes = [
             str(problem)
             for problem in self.target.problems
-            if not problem.refuses and problem.code not in _TOLD
+            if problem.code not in _TOLD and (self.result == ACTIVE or not problem.refuses)
         ]
         kept = [
             f"{repair.path}: its copies of the metadata could not all be repaired"

@@ -493,6 +493,18 @@ def test_what_could_not_be_repaired_is_told(moved: Drill) -> None:
     moved.check()
 
 
+def test_what_would_refuse_an_active_target_is_a_warning(moved: Drill) -> None:
+    assert moved.results() == ALL
+    assert not moved.assemble().warnings
+    clone = cloned(moved, "s0")
+    clone.serial = moved.disk("s0").serial
+    report = moved.assemble()
+    assert not report.missed
+    (warning,) = report.warnings
+    assert clone.path in warning
+    assert "one is a clone" in warning
+
+
 class Late:
     """An engine that has looked at the host some time ago."""
 
