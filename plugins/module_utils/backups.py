@@ -15,6 +15,7 @@ import contextlib
 import os
 import uuid
 
+from .errors import Refused
 from .format import Invalid, Metadata, geometry_of, pack_slot, spare_uuid_of, unpack_slot
 
 FOLDER = "/var/lib/dm-remap/backup"
@@ -77,6 +78,41 @@ class Backups:
         newest = [self.newest(target) for target in self.targets()]
         return [found for found in newest if found and found.config.get("name") == name]
 
+    def of(self, wanted: str, generation: int | None = None) -> Metadata:
+        """A generation of a target, the newest that can be read by default.
+
+        Args:
+            wanted: name or UUID of the target.
+            generation: which one.
+
+        Raises:
+            Refused: there is none, or several targets had that name.
+        """
+        target = uuid_of(wanted)
+        named = self.named(wanted) if target is None else [self.newest(target)]
+        found = [metadata for metadata in named if metadata]
+        if not found:
+            raise Refused(
+                f"there is no backup of that name in {self.folder}",
+                device=wanted,
+                remedy="name a target that was used on this host, or give the UUID of one",
+            )
+        if len(found) > 1:
+            uuids = ", ".join(str(metadata.target_uuid) for metadata in found)
+            raise Refused(
+                "several targets had this name", device=wanted, remedy=f"use one of {uuids}"
+            )
+        target = found[0].target_uuid
+        try:
+            return found[0] if generation is None else self.read(target, generation)
+        except (OSError, Invalid) as error:
+            there = ", ".join(map(str, self.generations(target)))
+            raise Refused(
+                f"has no backup of generation {generation} that can be read: {error}",
+                device=wanted,
+                remedy=f"use one of {there}",
+            ) from error
+
     def generations(self, target: uuid.UUID) -> list[int]:
         """The generations of a target that are here, the newest first."""
         try:
@@ -125,6 +161,18 @@ class Backups:
 
     def _of(self, target: uuid.UUID) -> str:
         return os.path.join(self.folder, str(target))
+
+
+def uuid_of(text: str) -> uuid.UUID | None:
+    """The UUID that a user means, or None.
+
+    A target can have a name of 32 hexadecimal digits, so only the usual form is a UUID.
+    """
+    try:
+        found = uuid.UUID(text)
+    except ValueError:
+        return None
+    return found if str(found) == text.lower() else None
 
 
 def _path(folder: str, generation: int) -> str:

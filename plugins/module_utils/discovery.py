@@ -222,10 +222,15 @@ class TargetFound:
             ],
             "stale": list(self.stale),
             "retired": list(self.retired),
-            "damaged": {
-                path: [{"copy": c.index, "diagnosis": c.diagnosis.value} for c in failed]
+            "damaged": [
+                {
+                    "path": path,
+                    "copies": [
+                        {"copy": copy.index, "diagnosis": copy.diagnosis.value} for copy in failed
+                    ],
+                }
                 for path, failed in sorted(self.damaged.items())
-            },
+            ],
             "clones": list(self.clones),
             "sides": [
                 {
@@ -282,6 +287,7 @@ def decide(
     kept: Mapping[uuid.UUID, Metadata] | None = None,
     overrides: Overrides | None = None,
     now_ns: int | None = None,
+    removed: Mapping[uuid.UUID, str] | None = None,
 ) -> Discovery:
     """Decide for each target that a device tells of. Never raises for what is on the devices.
 
@@ -291,6 +297,7 @@ def decide(
         kept: the newest generation of targets that the host has a backup of.
         overrides: what the operator has decided.
         now_ns: wall clock in nanoseconds since 1970; None reads it.
+        removed: paths of the host's notes of targets that were removed on purpose.
     """
     running = active or {}
     said = overrides or Overrides()
@@ -305,7 +312,7 @@ def decide(
         )
         for target, members in groups.items()
     ]
-    targets = _check_names(_check_mains(targets), running)
+    targets = _check_names(_check_mains(_check_removed(targets, removed or {})), running)
     targets.sort(key=lambda item: (item.name, item.uuid))
     return Discovery(tuple(targets), tuple(_others(found)))
 
@@ -943,16 +950,41 @@ def _refused_too(target: TargetFound, problem: Problem) -> TargetFound:
     return _decided(replace(target, problems=(*target.problems, problem)), running)
 
 
+def _check_removed(
+    targets: Sequence[TargetFound], removed: Mapping[uuid.UUID, str]
+) -> list[TargetFound]:
+    """Refuse targets that were removed from this host on purpose; no other reason counts more."""
+    checked = []
+    for target in targets:
+        if target.uuid in removed and target.state is not State.ACTIVE:
+            problem = Problem(
+                "removed",
+                "",
+                "it was removed from this host on purpose, while a spare of it was not there",
+                "wipe that spare with the target module's state: absent, or remove the file "
+                f"{removed[target.uuid]} if the target is to live again",
+                refuses=True,
+            )
+            target = _decided(replace(target, problems=(problem, *target.problems)))
+        checked.append(target)
+    return checked
+
+
+def _counts(target: TargetFound) -> bool:
+    """Whether a target can be in the way of others, which one that was removed is not."""
+    return all(problem.code != "removed" for problem in target.problems)
+
+
 def _check_mains(targets: Sequence[TargetFound]) -> list[TargetFound]:
     """Refuse targets that have a main in common."""
     users: dict[str, list[TargetFound]] = {}
-    for target in targets:
+    for target in filter(_counts, targets):
         for info in filter(None, (target.main, target.new_main)):
             users.setdefault(info.devno, []).append(target)
     checked = []
     for target in targets:
         for info in filter(None, (target.main, target.new_main)):
-            others = [other for other in users[info.devno] if other.uuid != target.uuid]
+            others = [o for o in users.get(info.devno, ()) if o.uuid != target.uuid]
             if others:
                 target = _refused_too(
                     target,
@@ -973,11 +1005,11 @@ def _check_names(
 ) -> list[TargetFound]:
     """Refuse targets that have a name in common; one that is active keeps it."""
     by_name: dict[str, set[uuid.UUID]] = {}
-    for target in targets:
+    for target in filter(_counts, targets):
         by_name.setdefault(target.name, set()).add(target.uuid)
     checked = []
     for target in targets:
-        others = sorted(by_name[target.name] - {target.uuid})
+        others = sorted(by_name.get(target.name, set()) - {target.uuid})
         if target.name and others and target.uuid not in running:
             target = _refused_too(
                 target,
@@ -1054,6 +1086,27 @@ def _spare_match(recorded: Fingerprint, device: Found) -> Match:
 
 
 # Looking at the host
+
+
+@dataclass(frozen=True)
+class Host:
+    """What a host's targets are decided by.
+
+    Attributes:
+        found: all of its devices.
+        active: names of the active targets by UUID.
+        kept: the newest generation of targets that the host has a backup of.
+        removed: paths of the host's notes of targets that were removed on purpose.
+    """
+
+    found: tuple[Found, ...]
+    active: Mapping[uuid.UUID, str] = field(default_factory=dict)
+    kept: Mapping[uuid.UUID, Metadata] = field(default_factory=dict)
+    removed: Mapping[uuid.UUID, str] = field(default_factory=dict)
+
+    def decide(self, overrides: Overrides | None = None, now_ns: int | None = None) -> Discovery:
+        """Decide for each target; see `decide`."""
+        return decide(self.found, self.active, self.kept, overrides, now_ns, self.removed)
 
 
 class Blocks(Protocol):

@@ -24,6 +24,7 @@ from . import (
     backups,
     blockdev,
     copies,
+    discovery,
     extents,
     files,
     fingerprint,
@@ -35,7 +36,7 @@ from . import (
     replacing,
     stack,
 )
-from .blockdev import SECTOR_BYTES, DeviceInfo
+from .blockdev import SECTOR_BYTES, DeviceInfo, Listed
 from .devmapper import DeviceMapper, MappedDevice, Segment, check_name
 from .errors import DmRemapError, Refused, count_of
 from .events import hashed_machine_id, intersect_ranges, subtract_ranges
@@ -86,8 +87,6 @@ _KERNEL_TARGETS = ("integrity", "delay", "multipath")
 _BAD_PLACES = 3
 # What a spare answers where a block has no valid tag: it works, and the block is lost.
 _TAG_ERRORS = (0, errno.EILSEQ)
-# What dm-integrity's superblock starts with (SB_MAGIC in drivers/md/dm-integrity.c).
-_INTEGRITY_MAGIC = b"integrt\0"
 _MCL_CURRENT, _MCL_FUTURE = 1, 2
 
 
@@ -112,6 +111,9 @@ class Blocks(Protocol):
 
     def BlockDevice(self, path: str, writable: bool = ...) -> OpenDevice:
         """Open a device past the page cache."""
+
+    def list_devices(self, without: str) -> Iterable[Listed]:
+        """All block devices, but for mapped ones whose UUIDs start with ``without``."""
 
     def describe(self, path: str) -> DeviceInfo:
         """Who the device is and who uses it."""
@@ -716,6 +718,29 @@ class Engine:
             found += [mapping.linear_target(s)[0] for s in table if s.target == "linear"]
         return [devno for devno in found if devno not in own]
 
+    def discover(self) -> discovery.Host:
+        """Look at all devices of the host, without a lock, and at what it knows of its targets."""
+        known = self._backups.targets()
+        newest = {target: self._backups.newest(target) for target in known}
+        return discovery.Host(
+            found=discovery.scan(self._blocks),
+            active=discovery.active_targets(self._mapper),
+            kept={target: metadata for target, metadata in newest.items() if metadata},
+            removed={
+                target: self._backups.removal(target)
+                for target in known
+                if self._backups.is_removed(target)
+            },
+        )
+
+    def devno_of(self, path: str) -> str:
+        """Device number of a path.
+
+        Raises:
+            Refused: there is no such device.
+        """
+        return self._blocks.describe(path).devno
+
     def require(self, name: str) -> ActiveTarget:
         """Like `observe`, but a target that is not active is refused."""
         target = self.observe(name)
@@ -843,41 +868,8 @@ class Engine:
         return found
 
     def backup_of(self, name: str, generation: int | None = None) -> Metadata:
-        """The host's backup of a target.
-
-        Args:
-            name: the target's name or UUID.
-            generation: which one; None takes the newest that can be read.
-
-        Raises:
-            Refused: there is none, or several targets had that name.
-        """
-        found: dict[uuid.UUID, Metadata] = {}
-        for owner in self._backups.targets():
-            metadata = self._backups.newest(owner)
-            if metadata and name in (str(owner), metadata.config.get("name")):
-                found[owner] = metadata
-        if len(found) > 1:
-            raise Refused(
-                f"is the name of several targets in {self._backups.folder}: "
-                + ", ".join(map(str, found)),
-                device=name,
-                remedy="give the UUID of the one that is meant",
-            )
-        for owner, newest in found.items():
-            try:
-                return newest if generation is None else self._backups.read(owner, generation)
-            except (OSError, DmRemapError) as error:
-                raise Refused(
-                    f"has no backup of generation {generation} that can be read: {error}",
-                    device=name,
-                    remedy=f"choose one of {self._backups.generations(owner)}",
-                ) from error
-        raise Refused(
-            f"has no backup in {self._backups.folder}",
-            device=name,
-            remedy="restore it on the host that the target was used on",
-        )
+        """The host's backup of a target; see `backups.Backups.of`."""
+        return self._backups.of(name, generation)
 
     def see_restore(self, request: RestoreRequest, backup: Metadata) -> RestoreSeen:
         """Observe what a restoration is about.
@@ -915,13 +907,10 @@ class Engine:
             index = planner.index_of_uuid(metadata, candidate.survey.spare_uuid)
         if index is None:
             return False
-        geometry = geometry_of(metadata, index)
         try:
-            with self._blocks.BlockDevice(candidate.info.path) as device:
-                raw = device.read(geometry.tag_start, geometry.block_sectors)
-        except (DmRemapError, OSError):
+            return self.is_formatted(candidate.info.path, geometry_of(metadata, index))
+        except DmRemapError:
             return False
-        return raw.startswith(_INTEGRITY_MAGIC)
 
     def _do_restore_metadata(self, plan: Plan, action: planner.Action) -> None:
         """Commit a backup as a new generation, with the entries of new spares."""

@@ -316,6 +316,12 @@ class Request:
         migrate_unit: bytes that each of its remaps stands for; None takes a logical block.
         degraded: a target may be activated although spares of it are missing, and spares may be
             named that do not exist.
+        trusted: device numbers of devices that the operator has named for their role in a target
+            that exists. Serial number, WWN, model and volume that are recorded are no reason to
+            refuse them; size and block size are. They are recorded anew. A spare among them also
+            decides which history counts, against the host's own backup.
+        carry_on: a replacement of the main that is under way goes on; else the target is only
+            activated with both mains.
     """
 
     name: str
@@ -333,6 +339,8 @@ class Request:
     migrate_pending: str | None = None
     migrate_unit: int | None = None
     degraded: bool = False
+    trusted: frozenset[str] = frozenset()
+    carry_on: bool = True
 
 
 @dataclass(frozen=True)
@@ -771,7 +779,7 @@ def _unreached(
 
 def _plan_activation(request: Request, main: DeviceInfo, seen: Seen, choice: copies.Choice) -> Plan:
     metadata = choice.metadata
-    mains = _mains_of(main, seen, metadata)
+    mains = _mains_of(main, seen, metadata, request.trusted)
     _check_unchangeable(request, metadata)
     unreached = _unreached(choice, seen.candidates)
     by_uuid = {c.survey.spare_uuid: c for c in seen.candidates if c.survey.spare_uuid}
@@ -785,7 +793,7 @@ def _plan_activation(request: Request, main: DeviceInfo, seen: Seen, choice: cop
         if candidate is None:
             missing.append(index)
             continue
-        check_identity(candidate.info, entry, f"spare {index}")
+        _check_spare_identity(candidate.info, metadata, index, request.trusted)
         spares[index] = candidate.info
     if by_uuid:
         raise Refused(
@@ -806,7 +814,7 @@ def _plan_activation(request: Request, main: DeviceInfo, seen: Seen, choice: cop
         noted = replace(noted, generation=metadata.generation + 1)
     after = noted
     actions.append(_creation(request.name, mains[0], mains[1]))
-    if mains[1]:
+    if mains[1] and request.carry_on:
         kind = REPLACE if main is mains[1] else UNDO
         action, after = _replacing(kind, request.name, noted, mains[0], mains[1], missing)
         actions.append(action)
@@ -827,7 +835,35 @@ def _plan_activation(request: Request, main: DeviceInfo, seen: Seen, choice: cop
         ),
         replacement=mains[1],
     )
-    return _with_config(plan, _policies(request, metadata.config))
+    changed = _policies(request, metadata.config)
+    changed.update(_identities(noted.config, mains[0], spares, request.trusted))
+    return _with_config(plan, changed)
+
+
+def _identities(
+    config: Mapping[str, Any],
+    main: DeviceInfo,
+    spares: Mapping[int, DeviceInfo],
+    trusted: Collection[str],
+) -> dict[str, Any]:
+    """What of the configuration changes where a trusted device is recorded as who it is now.
+
+    From then on it is known by its hardware, and what it was copied from is the clone.
+    """
+    changed: dict[str, Any] = {}
+    if main.devno in trusted:
+        entry = replacement.as_seen(config["main"], main)
+        if entry != config["main"]:
+            changed["main"] = entry
+    entries = [
+        replacement.as_seen(entry, spares[index], hardware_only=True)
+        if entry and index in spares and spares[index].devno in trusted
+        else entry
+        for index, entry in enumerate(config["spares"])
+    ]
+    if entries != config["spares"]:
+        changed["spares"] = entries
+    return changed
 
 
 def is_noted(metadata: Metadata, index: int) -> bool:
@@ -886,7 +922,8 @@ def _check_missing(
             remedy="give all of the target's spares; or, if none of these was in use after the "
             "others, degraded: true, and the chunks on them give errors until they are back",
         )
-    if not _agrees_with(seen.witness, metadata):
+    named_here = request.trusted.intersection(c.info.devno for c in seen.candidates)
+    if not _agrees_with(seen.witness, metadata) and not named_here:
         newest = seen.witness.generation if seen.witness else 0
         raise Refused(
             f"carries generation {metadata.generation}, but this host committed generation "
@@ -936,11 +973,11 @@ def _doubts(
 
 
 def _mains_of(
-    main: DeviceInfo, seen: Seen, metadata: Metadata
+    main: DeviceInfo, seen: Seen, metadata: Metadata, trusted: Collection[str]
 ) -> tuple[DeviceInfo, DeviceInfo | None]:
     """The target's main, and the one that is to replace it, of which ``main`` is one."""
     if not replacement.under_way(metadata):
-        _check_main_identity(main, metadata)
+        _check_main_identity(main, metadata, trusted)
         return main, None
     entry, old = metadata.config["replacement"], metadata.config["main"]
     others = [info for info in seen.others if info.devno != main.devno]
@@ -1188,7 +1225,9 @@ def _check_spare(candidate: Candidate, main: DeviceInfo, chunk_bytes: int, wipe:
         raise Refused(error.message, device=info.path, remedy=error.remedy) from error
 
 
-def _check_main_identity(main: DeviceInfo, metadata: Metadata) -> None:
+def _check_main_identity(
+    main: DeviceInfo, metadata: Metadata, trusted: Collection[str] = ()
+) -> None:
     recorded = metadata.config["main"]
     sectors = replacement.device_sectors(recorded)
     if main.sectors != sectors or main.logical_block != recorded["logical_block"]:
@@ -1198,7 +1237,25 @@ def _check_main_identity(main: DeviceInfo, metadata: Metadata) -> None:
             device=main.path,
             remedy="give the target's own main",
         )
-    check_identity(main, recorded, "main")
+    if main.devno not in trusted:
+        check_identity(main, recorded, "main")
+
+
+def _check_spare_identity(
+    info: DeviceInfo, metadata: Metadata, index: int, trusted: Collection[str]
+) -> None:
+    if info.devno not in trusted:
+        check_identity(info, metadata.config["spares"][index], f"spare {index}")
+        return
+    geometry = geometry_of(metadata, index)
+    if info.sectors < geometry.spare_sectors or info.block_sectors != geometry.block_sectors:
+        raise Refused(
+            f"has {info.sectors} sectors in blocks of {info.logical_block} bytes, but spare "
+            f"{index} was laid out for {geometry.spare_sectors} in blocks of "
+            f"{geometry.block_sectors * SECTOR_BYTES}",
+            device=info.path,
+            remedy="give the spare itself, or a copy of it on a device that fits",
+        )
 
 
 def check_identity(info: DeviceInfo, recorded: Mapping[str, Any], role: str) -> None:

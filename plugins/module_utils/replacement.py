@@ -43,6 +43,26 @@ def recorded(info: DeviceInfo, hardware_only: bool = False) -> dict[str, Any]:
     return {**identity_of(info), **({"fingerprint": more} if more else {})}
 
 
+def as_seen(
+    entry: Mapping[str, Any], info: DeviceInfo, hardware_only: bool = False
+) -> dict[str, Any]:
+    """An entry of the configuration with another device recorded in it.
+
+    Args:
+        entry: the main's or a spare's.
+        info: the device, which has the same content.
+        hardware_only: it is a spare.
+    """
+    kept = {key: value for key, value in entry.items() if key != "fingerprint"}
+    new = {**kept, **recorded(info, hardware_only)}
+    samples = (entry.get("fingerprint") or {}).get("content")
+    if samples and not hardware_only:
+        new["fingerprint"] = {"content": samples, **new.get("fingerprint", {})}
+    if "physical_block" in entry:
+        new["physical_block"] = info.physical_block
+    return new
+
+
 def main_entry(info: DeviceInfo, sectors: int) -> dict[str, Any]:
     """The configuration's entry for a main.
 

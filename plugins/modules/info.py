@@ -21,6 +21,13 @@ options:
   name:
     description: Report only this target, which must be active.
     type: str
+  discover:
+    description:
+      - Look at all block devices of the host too, and report which targets they make up, what each
+        can be activated from, and why not. Nothing is changed.
+      - It reads 28 KiB of each device that is none of ours, and more of our spares.
+    type: bool
+    default: false
 attributes:
   check_mode:
     description: Changes nothing, so it runs the same in C(check_mode).
@@ -32,6 +39,7 @@ attributes:
     description: Never changes anything.
     support: full
 seealso:
+  - module: dm_remap.storage.assemble
   - module: dm_remap.storage.target
   - module: dm_remap.storage.sectors
 """
@@ -44,6 +52,11 @@ EXAMPLES = r"""
 - name: Show how full the spares of a target are
   dm_remap.storage.info:
     name: data
+  register: storage
+
+- name: See which targets the disks of a host make up, and why one is not activated
+  dm_remap.storage.info:
+    discover: true
   register: storage
 """
 
@@ -377,6 +390,145 @@ targets:
         - 0 123392 linear main 0
         - 123392 128 linear spare0 0
         - 123520 2097152 linear main 123520
+discovery:
+  description: What the devices of the host make up. C(docs/identity.md) lists all decisions.
+  returned: with O(discover=true)
+  type: dict
+  contains:
+    targets:
+      description: The targets that any device tells of, by name in ascending order.
+      type: list
+      elements: dict
+      contains:
+        uuid:
+          description: The target's own identity.
+          type: str
+        name:
+          description: Its name; empty where nobody knows it.
+          type: str
+        state:
+          description: One of V(complete), V(degraded), V(refused) and V(active).
+          type: str
+        decision:
+          description: What can be done with it, and why, in a sentence.
+          type: str
+        generation:
+          description: The generation of the metadata that counts; null where none could be chosen.
+          type: int
+        main:
+          description: Path of its main; null if that is missing or not certain.
+          type: str
+        confidence:
+          description: How certain it is that this is the main, 0 to 100; null without one.
+          type: int
+        new_main:
+          description: Path of the device that replaces the main; null if none does.
+          type: str
+        spares:
+          description: The spares that are there.
+          type: list
+          elements: dict
+          contains:
+            index:
+              description: Position of the spare in the target's configuration, from 0.
+              type: int
+            path:
+              description: The device.
+              type: str
+        missing:
+          description: The spares that are not there.
+          type: list
+          elements: dict
+          contains:
+            index:
+              description: Position of the spare in the target's configuration, from 0.
+              type: int
+            uuid:
+              description: The spare's own identity, in the metadata.
+              type: str
+            identity:
+              description: Model and serial number that are recorded of it.
+              type: str
+            chunks:
+              description: Remapped chunks that are on it only.
+              type: int
+        stale:
+          description: Paths of spares with an older generation.
+          type: list
+          elements: str
+        retired:
+          description: Paths of devices that are no spares of it any more.
+          type: list
+          elements: str
+        damaged:
+          description: Spares with damaged copies of the metadata.
+          type: list
+          elements: dict
+          contains:
+            path:
+              description: The spare.
+              type: str
+            copies:
+              description: Its damaged copies.
+              type: list
+              elements: dict
+              contains:
+                copy:
+                  description: Number of the copy, 0 to 6.
+                  type: int
+                diagnosis:
+                  description: What is wrong with it, as C(docs/format.md) describes.
+                  type: str
+        clones:
+          description: Paths of devices with a copy of the content of its main or of a spare.
+          type: list
+          elements: str
+        sides:
+          description: After a split brain, the newest generation of each history.
+          type: list
+          elements: dict
+          contains:
+            generation:
+              description: Its generation.
+              type: int
+            digest:
+              description: What tells it from others of this number, in hexadecimal.
+              type: str
+            timestamp_ns:
+              description: When it was committed, in nanoseconds since 1970.
+              type: int
+            host_id:
+              description: The host that committed it.
+              type: str
+            devices:
+              description: Paths of the spares that have it.
+              type: list
+              elements: str
+        problems:
+          description: What is not as it should be, what refuses first.
+          type: list
+          elements: dict
+          contains: &problem
+            code:
+              description: What it is, for programs.
+              type: str
+            device:
+              description: Path of a device, UUID of a spare, or empty.
+              type: str
+            message:
+              description: What is wrong.
+              type: str
+            remedy:
+              description: What to do.
+              type: str
+            refuses:
+              description: Whether the target is not activated because of it.
+              type: bool
+    others:
+      description: Problems with devices that belong to no target that is known.
+      type: list
+      elements: dict
+      contains: *problem
 """
 
 from ansible.module_utils.basic import AnsibleModule
@@ -388,7 +540,11 @@ from ..module_utils.report import describe_each, describe_target
 
 def main() -> None:
     """Observe and report."""
-    module = AnsibleModule(argument_spec={"name": {"type": "str"}}, supports_check_mode=True)
+    module = AnsibleModule(
+        argument_spec={"name": {"type": "str"}, "discover": {"type": "bool", "default": False}},
+        supports_check_mode=True,
+    )
+    more = {}
     try:
         engine = Engine()
         engine.check_host()
@@ -396,9 +552,11 @@ def main() -> None:
             targets = [describe_target(engine.require(module.params["name"]))]
         else:
             targets = describe_each(engine.target_names(), engine.require)
+        if module.params["discover"]:
+            more["discovery"] = engine.discover().decide().to_dict()
     except DmRemapError as error:
         module.fail_json(msg=str(error), device=error.device, remedy=error.remedy)
-    module.exit_json(changed=False, targets=targets)
+    module.exit_json(changed=False, targets=targets, **more)
 
 
 if __name__ == "__main__":

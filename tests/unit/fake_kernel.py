@@ -46,7 +46,7 @@ from dataclasses import dataclass, field, replace
 from typing import Union
 
 from dm_remap import kernel_v4
-from dm_remap.blockdev import OWN_SIGNATURE, DeviceInfo, Use
+from dm_remap.blockdev import OWN_SIGNATURE, DeviceInfo, Listed, Use
 from dm_remap.devmapper import MappedDevice, Segment
 from dm_remap.errors import DmRemapError, Refused
 
@@ -1269,6 +1269,13 @@ class Blocks:
             read_only=disk.read_only,
             used_by=tuple(uses),
         )
+
+    def list_devices(self, without: str) -> Iterator[Listed]:
+        kernel = self._process.look()
+        for disk in kernel.disks.values():
+            users = dict.fromkeys(kernel.users(disk.devno))
+            holders = tuple(kernel.mapped[name].devno for name in users)
+            yield Listed(replace(self.describe(disk.path), partition=0), holders)
 
     def node_of(self, devno: str) -> str:
         device = self._process.look().find(devno)

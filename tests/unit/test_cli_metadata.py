@@ -235,7 +235,7 @@ def test_the_sources_of_a_dump(desk: Desk) -> None:
     assert dumped(desk, NAME) == active
     for line, code, text in (
         ("other", 3, "no backup of that name"),
-        (f"{NAME} --generation 9", 1, "the backup of generation 9 cannot be read"),
+        (f"{NAME} --generation 9", 3, "no backup of generation 9 that can be read"),
         ("/dev/spare0 --generation 1", 3, "has no valid copy of generation 1"),
         ("/dev/main", 3, "no valid copy of a target's metadata"),
         ("/dev/none", 3, "no such device"),
@@ -587,3 +587,47 @@ def test_a_target_with_one_spare_of_many_gaps() -> None:
     with pytest.raises(Refused, match="in use"):
         mending.plan_restore(gaps, replace(blank, info=used), 2, True, mending.Known())
     assert uuid.UUID(gaps.config["spares"][2]["uuid"]) == spare_uuid_of(gaps, 2)
+
+
+def test_a_whole_target_is_restored_to_a_new_spare(stopped: Desk) -> None:
+    before = host_backup(stopped)
+    fresh = stopped.scene.kernel.add_disk("fresh", stopped.scene.spares[0].sectors)
+    for path in stopped.scene.request.spares:
+        del stopped.scene.kernel.disks[path]
+    line = f"dm-remap metadata restore /dev/fresh --backup {NAME} --main /dev/main --yes"
+    refused = stopped.run(line)
+    assert refused.code == 3
+    assert "would be restored without spare 0" in refused.err
+    assert fresh.content == {}
+    done = stopped.run(f"{line} --degraded --dry-run --json")
+    kinds = [action["action"] for action in done.json["actions"]]
+    assert kinds == ["format_spare", "restore_metadata"]
+    assert fresh.content == {}
+    done = stopped.run(f"{line} --degraded --json")
+    assert done.code == 0
+    assert done.json["generation"] == before.generation + 1
+    assert done.json["left"] == []
+    assert "chunks that were remapped after it" in done.err
+    assert stopped.run(f"dm-remap-reassemble {NAME} --degraded allowed --yes").code == 4
+    assert stopped.scene.generation() > before.generation
+
+
+def host_backup(desk: Desk) -> Metadata:
+    return desk.host().backups.of(NAME)
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "/dev/spare0 --from x --main /dev/main",
+        f"/dev/spare0 --backup {NAME} --main /dev/main --spare 1",
+        f"/dev/spare0 --backup {NAME} --main /dev/main --allow-older",
+        f"/dev/spare0 --backup {NAME} --degraded",
+        f"/dev/spare0 --backup {NAME} --wipe",
+        f"/dev/spare0 /dev/spare1 --backup {NAME}",
+    ],
+)
+def test_options_of_the_two_restorations_do_not_mix(stopped: Desk, line: str) -> None:
+    done = stopped.run(f"dm-remap metadata restore {line} --yes")
+    assert done.code == 3
+    assert "--main" in done.err

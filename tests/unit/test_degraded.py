@@ -701,7 +701,7 @@ def test_what_must_not_be_overwritten_by_a_backup_is_refused(tmp_path: Path) -> 
     refused("target's main has", "/dev/spare0")
     scene.main.serial = "serial-main"
     # There is no backup, or it is of what was removed on purpose.
-    with pytest.raises(Refused, match="has no backup"):
+    with pytest.raises(Refused, match="no backup of that name"):
         engine.backup_of("other")
     with pytest.raises(Refused, match="no backup of generation 99"):
         engine.backup_of(NAME, 99)

@@ -593,6 +593,13 @@ CASES: dict[str, Case] = {
         spares=FIRST,
         others="unreadable",
     ),
+    "removed on purpose": Case(
+        [M, spare(ONE)],
+        REFUSED,
+        "removed",
+        spares=FIRST,
+        rest={"removed": {TARGET: "/backup/removed"}},
+    ),
     "no such spare named": Case(
         [M, spare(ONE)],
         REFUSED,
@@ -747,6 +754,19 @@ def test_the_other_target_of_a_conflict_is_refused_too() -> None:
     assert states == [COMPLETE, REFUSED]
     kept = {t.uuid: t.state for t in decided(CASES["the name of an active target"]).targets}
     assert kept == {TARGET: REFUSED, OTHER_TARGET: State.ACTIVE}
+
+
+def test_a_target_that_was_removed_is_in_nobody_s_way() -> None:
+    """Its main has another target by now, which even has its name."""
+    again = first(1, MAIN, OTHER_TARGET, base=4)
+    removed = {TARGET: "/backup/removed"}
+    found = [M, spare(ONE), spare(again)]
+    states = {t.uuid: t.state for t in decide(found, now_ns=NOW, removed=removed).targets}
+    assert states == {TARGET: REFUSED, OTHER_TARGET: COMPLETE}
+    assert {t.state for t in decide(found, now_ns=NOW).targets} == {REFUSED}
+    active = {TARGET: "data"}
+    states = {t.uuid: t.state for t in decide(found, active, now_ns=NOW, removed=removed).targets}
+    assert states == {TARGET: State.ACTIVE, OTHER_TARGET: REFUSED}
 
 
 @given(st.permutations(range(4)), st.data())

@@ -15,14 +15,18 @@ import yaml
 from ansible.module_utils.common.arg_spec import ArgumentSpecValidator
 
 from dm_remap import kernel_v4
+from dm_remap.assembly import Assembled, Repair, Report
 from dm_remap.engine import RemappedChunk, RemapReport
+from dm_remap.errors import DmRemapError
 from dm_remap.files import Owner
 from dm_remap.format import Extent, LostRange
-from dm_remap.planner import LostSpare, OldSpare, Plan, Request, plan_present
+from dm_remap.planner import Action, LostSpare, OldSpare, Plan, Request, plan_present
 from dm_remap.report import describe_emptied, describe_remap, describe_target
+from plugins.modules import assemble as assemble_module
 from plugins.modules import target as target_module
 from tests import old_spare
 from tests.unit.copy_scene import Disk
+from tests.unit.test_discovery import CASES, decided
 from tests.unit.test_planner import MAIN_SECTORS, REQUEST, blank, created, info
 from tests.unit.test_replacement import half, under_way
 
@@ -66,6 +70,50 @@ def test_every_key_of_a_target_is_documented() -> None:
     lost = LostSpare(0, "253:0", "8:16", "/dev/spare0", "cannot be read")
     degraded = replace(target, spares=target.spares[1:], lost_spares=(lost,))
     check_keys(documented, describe_target(degraded), "targets")
+
+
+def discovered() -> list[dict[str, Any]]:
+    """What was found in some cases, which together have everything."""
+    names = ("two spares diverged", "4 of 5 near copies gone", "spare missing, with data")
+    return [decided(CASES[name]).targets[0].to_dict() for name in names]
+
+
+def check_found(documented: dict[str, Any], targets: list[dict[str, Any]], where: str) -> None:
+    """Compare targets with their documentation; a list need not be empty in all of them."""
+    for target in targets:
+        assert set(documented) == set(target), where
+    for name, about in documented.items():
+        values = [target[name] for target in targets if target[name] not in (None, [])]
+        assert values or name in ("new_main", "stale", "retired", "clones", "error"), name
+        for value in values:
+            check(about, value, f"{where}.{name}")
+
+
+def test_every_key_of_a_discovery_is_documented() -> None:
+    documented = text("info", "RETURN")["discovery"]["contains"]
+    assert set(documented) == set(decided(CASES["all is there"]).to_dict())
+    check_found(documented["targets"]["contains"], discovered(), "discovery.targets")
+    others = decided(CASES["spare of dm-remap-v4"]).to_dict()["others"]
+    check(documented["others"], others, "discovery.others")
+
+
+def test_every_key_of_an_assembly_is_documented() -> None:
+    documented = text("assemble", "RETURN")
+    found = decided(CASES["4 of 5 near copies gone"]).targets[0]
+    repaired = (Repair("/dev/sdb", False, ((0, "magic"),), True),)
+    plan = Plan("data", (Action("repair_metadata", "/dev/sdb"),))
+    failed = Assembled(found, "failed", plan, DmRemapError("x"), repaired)
+    report = Report(decided(CASES["all is there"]), (failed,))
+    module = assemble_module.result_of(report)
+    assert set(documented) | {"changed", "diff"} == set(module)
+    keys = {**text("info", "RETURN")["discovery"]["contains"]["targets"]["contains"]}
+    own = documented["targets"]["contains"]
+    assert not set(keys) & set(own)
+    (target,) = module["targets"]
+    assert set(target) == {*keys, *own}
+    for name, about in own.items():
+        if about.get("elements") != "dict" or "contains" in about:
+            check(about, target[name], name)
 
 
 def test_every_key_of_a_change_of_spares_is_documented() -> None:

@@ -202,6 +202,8 @@ def _synopsis(name: str, parser: argparse.ArgumentParser) -> str:
         required = group.required if group else action.required
         parts.append(f"{{{text}}}" if required and group else text if required else f"[{text}]")
     for action in _positionals(parser):
+        if id(action) in done:
+            continue
         shown = _italic(str(action.metavar))
         more = f"{shown} ..." if action.nargs in ("+", "*") else shown
         parts.append(f"[{more}]" if action.nargs in ("?", "*") else more)
@@ -210,6 +212,8 @@ def _synopsis(name: str, parser: argparse.ArgumentParser) -> str:
 
 def _usage(action: argparse.Action) -> str:
     value = f" {_italic(str(action.metavar))}" if _takes_value(action) else ""
+    if not action.option_strings:
+        return _italic(str(action.metavar))
     return _bold(action.option_strings[-1]) + value
 
 

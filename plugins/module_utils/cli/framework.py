@@ -51,8 +51,8 @@ EXIT_TEXTS = {
     Exit.REFUSED: "It was refused before anything was changed. The message says what is needed.",
     Exit.FOUND: (
         "It is done, but something is not in order: a target is degraded or damaged, copies of "
-        "the metadata are, sectors are lost, chunks stayed where they were, or a configuration "
-        "has faults or asks for what is refused."
+        "the metadata are, sectors are lost, chunks stayed where they were, one of several targets "
+        "was refused, or a configuration has faults or asks for what is refused."
     ),
     Exit.INTERRUPTED: "It was interrupted from the keyboard (SIGINT).",
     Exit.CLOSED: "Who read the output closed it. What was to be done is done.",

@@ -14,7 +14,7 @@ from .. import copies, dumps, mending
 from ..engine import Engine
 from ..errors import DmRemapError, Refused
 from ..format import Copy, Diagnosis, Metadata, geometry_of
-from ..planner import Candidate, Plan
+from ..planner import Candidate, Plan, RestoreRequest, plan_restore
 from .framework import (
     DEVICE,
     FILE,
@@ -27,7 +27,7 @@ from .framework import (
     add,
     add_writing,
 )
-from .targets import backup_of, newest_of
+from .targets import newest_of
 from .text import action_lines, listed, table, time_text
 
 PLACES = ("near", "near", "near", "near", "near", "far middle", "far end")
@@ -65,7 +65,7 @@ def _metadata_of(host: Host, options: argparse.Namespace) -> Metadata:
     if generation is None:
         return newest_of(host, wanted)[0]
     host.check_root()
-    return backup_of(host, wanted, generation)
+    return host.backups.of(wanted, generation)
 
 
 def _dump_arguments(parser: argparse.ArgumentParser) -> None:
@@ -243,7 +243,7 @@ def _carry_out(
 
 def _left(engine: Engine, plan: Plan) -> list[str]:
     """What is not whole on the devices that a plan has written to."""
-    written = sorted({action.device for action in plan.actions})
+    written = sorted(info.path for info in plan.spares.values())
     return [
         f"{candidate.info.path}: copy {fault.index} is still damaged: {fault.message}"
         for candidate in engine.see_devices(written, signatures=False)
@@ -290,12 +290,19 @@ def _repair_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def restore(host: Host, options: argparse.Namespace) -> Result:
-    """Write a generation from a dump or a backup to a spare."""
+    """Write a generation from a dump or a backup to a spare, or a backup to what is left of all."""
     engine = host.engine()
+    if options.main is not None:
+        return _restore_target(host, engine, options)
+    if options.degraded or options.wipe or len(options.devices) > 1:
+        raise Refused(
+            "--degraded, --wipe and several devices are for the restoration of a whole target",
+            remedy="give its --main too, or one spare that gets back what it had",
+        )
     metadata = _generation_to_restore(host, options)
 
     def plan() -> Plan:
-        (candidate,) = engine.see_devices([options.device])
+        (candidate,) = engine.see_devices(options.devices)
         index = mending.spare_for(metadata, candidate, options.spare)
         known = mending.Known(
             active=engine.name_of(metadata.target_uuid),
@@ -309,6 +316,28 @@ def restore(host: Host, options: argparse.Namespace) -> Result:
     return _carry_out(host, engine, options, str(metadata.config.get("name", "")), plan)
 
 
+def _restore_target(host: Host, engine: Engine, options: argparse.Namespace) -> Result:
+    """Write a backup, as a new generation, to the spares that are left and to new ones."""
+    if options.backup is None or options.spare is not None or options.allow_older:
+        raise Refused(
+            "a whole target is restored from this host's --backup, without --spare and "
+            "--allow-older",
+            remedy="leave these out, or leave out --main to restore one spare",
+        )
+    backup = host.backups.of(options.backup, options.generation)
+    name = str(backup.config.get("name", ""))
+    request = RestoreRequest(
+        name, options.main, tuple(options.devices), options.degraded, options.wipe
+    )
+    return _carry_out(
+        host,
+        engine,
+        options,
+        name,
+        lambda: plan_restore(request, engine.see_restore(request, backup)),
+    )
+
+
 def _formatted(engine: Engine, candidate: Candidate, metadata: Metadata, index: int) -> bool:
     geometry = geometry_of(metadata, index)
     if candidate.info.sectors < geometry.spare_sectors:
@@ -318,7 +347,7 @@ def _formatted(engine: Engine, candidate: Candidate, metadata: Metadata, index: 
 
 def _generation_to_restore(host: Host, options: argparse.Namespace) -> Metadata:
     if options.backup is not None:
-        return backup_of(host, options.backup, options.generation)
+        return host.backups.of(options.backup, options.generation)
     if options.generation is not None:
         raise Refused("--generation chooses among backups", remedy="leave it out with --from")
     name = options.dump
@@ -337,7 +366,14 @@ def _generation_to_restore(host: Host, options: argparse.Namespace) -> Metadata:
 
 
 def _restore_arguments(parser: argparse.ArgumentParser) -> None:
-    add(parser, "device", metavar="DEVICE", help="the spare's path", completes=DEVICE)
+    add(
+        parser,
+        "devices",
+        metavar="DEVICE",
+        nargs="+",
+        help="the spare's path; with --main all spares that are left, and new ones",
+        completes=DEVICE,
+    )
     source = parser.add_mutually_exclusive_group(required=True)
     add(
         source,
@@ -367,6 +403,19 @@ def _restore_arguments(parser: argparse.ArgumentParser) -> None:
         "--allow-older",
         action="store_true",
         help="restore although this host has a backup of a newer generation",
+    )
+    add(
+        parser,
+        "--main",
+        metavar="DEVICE",
+        help="restore the whole target, whose main this is, as a new generation",
+        completes=DEVICE,
+    )
+    parser.add_argument(
+        "--degraded", action="store_true", help="with --main: spares of the target may be missing"
+    )
+    parser.add_argument(
+        "--wipe", action="store_true", help="with --main: new spares may hold something, erased"
     )
     add_writing(parser)
 
@@ -419,11 +468,19 @@ COMMANDS = (
             "of an active target; another target's spare; a device that holds anything else; one "
             "that has another serial number or WWN than the metadata says; a newer generation or "
             "another history on the device; a dump that was changed; and a device without the "
-            "tag area that the spare's remapped chunks would need."
+            "tag area that the spare's remapped chunks would need.",
+            "With --main the whole target is restored from this host's backup: as a new "
+            "generation, to those of its spares that are left, whatever is left of their copies, "
+            "and to empty devices, which become new spares. It is not activated by that; "
+            "dm-remap-reassemble does it.",
         ],
         [
             ("dm-remap metadata restore /dev/sdc --backup data", "From this host's backup."),
             ("dm-remap metadata restore /dev/sdc --from data.json --dry-run", "From a dump."),
+            (
+                "dm-remap metadata restore /dev/sde --backup data --main /dev/sdb --degraded",
+                "To a new spare, if all others are gone.",
+            ),
         ],
     ),
 )

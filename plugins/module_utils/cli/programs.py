@@ -10,7 +10,7 @@ import sys
 from io import TextIOWrapper
 
 from ..backups import FOLDER
-from . import metadata, targets, validate
+from . import assemble, metadata, targets, validate
 from .framework import JOURNAL, Program, run
 
 DM_REMAP = Program(
@@ -24,7 +24,10 @@ DM_REMAP = Program(
     },
 )
 
-PROGRAMS = {program.name: program for program in (DM_REMAP, validate.PROGRAM)}
+PROGRAMS = {
+    program.name: program
+    for program in (DM_REMAP, validate.PROGRAM, assemble.DISCOVER, assemble.REASSEMBLE)
+}
 
 
 def main() -> int:

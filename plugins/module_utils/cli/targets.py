@@ -8,12 +8,12 @@ from __future__ import annotations
 import argparse
 import os
 import re
-import uuid
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from .. import backups
 from ..devmapper import check_name
-from ..errors import DmRemapError, Refused, count_of
+from ..errors import DmRemapError, count_of
 from ..format import Invalid, Metadata
 from ..journal import newest_of_target
 from ..report import describe_each, describe_remap, describe_target, warnings_of_remap
@@ -345,60 +345,13 @@ def newest_of(host: Host, wanted: str) -> tuple[Metadata, str, bool]:
         DmRemapError: the metadata cannot be read.
     """
     engine = host.engine()
-    target_uuid = _uuid_of(wanted)
+    target_uuid = backups.uuid_of(wanted)
     name = engine.name_of(target_uuid) if target_uuid else check_name(wanted)
     target = engine.observe(name) if name else None
     if target:
         return target.metadata, target.name, True
-    found = backup_of(host, wanted)
+    found = host.backups.of(wanted)
     return found, str(found.config.get("name", "")), False
-
-
-def backup_of(host: Host, wanted: str, generation: int | None = None) -> Metadata:
-    """A generation of a target among the host's backups, the newest that can be read by default.
-
-    Args:
-        host: the host.
-        wanted: name or UUID of the target.
-        generation: which one.
-
-    Raises:
-        Refused: there is none, or several targets had that name.
-        DmRemapError: it cannot be read.
-    """
-    target = _uuid_of(wanted)
-    named = host.backups.named(wanted) if target is None else [host.backups.newest(target)]
-    found = [metadata for metadata in named if metadata]
-    if not found:
-        raise Refused(
-            f"there is no active target and no backup of that name in {host.backups.folder}",
-            device=wanted,
-            remedy="name a target of this host, or give the UUID of one",
-        )
-    if len(found) > 1:
-        uuids = listed(metadata.target_uuid for metadata in found)
-        raise Refused("several targets had this name", device=wanted, remedy=f"use one of {uuids}")
-    if generation is None:
-        return found[0]
-    target = found[0].target_uuid
-    try:
-        return host.backups.read(target, generation)
-    except (OSError, Invalid) as error:
-        there = listed(host.backups.generations(target))
-        raise DmRemapError(
-            f"the backup of generation {generation} cannot be read: {error}",
-            device=wanted,
-            remedy=f"use one of {there}",
-        ) from error
-
-
-def _uuid_of(text: str) -> uuid.UUID | None:
-    # A target can have a name of 32 hexadecimal digits, so only the usual form is a UUID.
-    try:
-        found = uuid.UUID(text)
-    except ValueError:
-        return None
-    return found if str(found) == text.lower() else None
 
 
 def _generations(host: Host, metadata: Metadata, active: bool) -> list[dict[str, Any]]:
