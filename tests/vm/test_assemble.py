@@ -17,6 +17,9 @@ from tests.lab import Disk, Machine
 from tests.vm.guest import Guest
 from tests.vm.playing import ModuleRunner, Step
 
+# Two hosts of its own take their time.
+pytestmark = pytest.mark.soak
+
 CHUNK_SECTORS = 128
 CHUNKS = 512
 # The targets with their spares, and how many chunks are remapped.
@@ -156,7 +159,6 @@ def bus(name: str) -> str:
     return BUSES.get(name, "ide")
 
 
-@pytest.mark.core
 def test_all_targets_come_back_at_another_host(drill: Drill) -> None:
     planned = drill.runner.run(Step("plan", "assemble", {"auto": True}, check=True))["plan"]
     assert planned["changed"]

@@ -45,7 +45,6 @@ ls /sys/block | grep -c ^dm- || true
 """
 
 
-@pytest.mark.core
 def test_a_missing_spare_takes_down_only_its_chunks_and_comes_back(
     guest: Guest,  # noqa: F811
     tmp_path: Path,

@@ -99,7 +99,6 @@ def run(
     return result
 
 
-@pytest.mark.core
 def test_a_kernel_target_is_left_without_losing_a_sector(lab: Machine, tmp_path: Path) -> None:
     result = run(lab, tmp_path, [])
     assert result["done"]["actions"] == CREATION

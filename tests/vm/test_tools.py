@@ -81,7 +81,6 @@ def test_the_manual_pages_are_there(desk: Desk) -> None:
     assert {"dm-remap.8", "dm-remap-validate.8"} <= set(pages)
 
 
-@pytest.mark.core
 def test_the_life_of_a_target(desk: Desk, tmp_path: Path) -> None:
     lab = desk.lab
     main, spare = lab.disk("main"), lab.disk("spare")
