@@ -9,8 +9,6 @@ import struct
 from pathlib import Path
 from typing import Any
 
-import pytest
-
 from tests import old_spare
 from tests.lab import Disk, Machine
 from tests.old_spare import Entry, Old
