@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from dm_remap import migration, planner
 from dm_remap.blockdev import OWN_SIGNATURE
-from dm_remap.engine import Engine, RemappedChunk
+from dm_remap.engine import Engine, RemappedChunk, request_seen
 from dm_remap.errors import DmRemapError, Refused
 from dm_remap.format import minimum_spare_sectors
 from dm_remap.kernel_v4 import KernelMetadata, Remap
@@ -312,8 +312,7 @@ class Host:
     def plan(self, engine: Engine | None = None, **changes: Any) -> Plan:
         request = replace(self.request, **changes)
         used = engine or self.engine()
-        seen = used.see(NAME, request.main, request.spares, request.migrate_from)
-        return plan_present(request, seen)
+        return plan_present(request, request_seen(used, request))
 
     def create(self, engine: Engine | None = None, **changes: Any) -> list[RemappedChunk]:
         used = engine or self.engine()
