@@ -546,7 +546,7 @@ def test_a_crash_anywhere_in_a_return(
     activate(having(scene, rest(missing)))
     on = chunks_of(scene)
     back, away = having(scene, rest(missing[1:])), missing[1:]
-    found = crashes_of(back, lambda engine: back.create(engine))
+    found = crashes_of(back, back.create)
     assert len(found) > 15
     for crash in found:
         killed = crash.scene

@@ -179,6 +179,13 @@ PART = replace(MAIN, partition=1, partuuid="p-1", start=2048, path="/dev/sda1", 
 WHOLE = replace(MAIN, sectors=MAIN_SECTORS + 4096)
 
 
+def foreign(sectors: int) -> Disk:
+    """A disk that starts like somebody else's."""
+    disk = Disk(sectors=sectors)
+    disk.put(0, b"\xeb\x63\x90" * 2048)
+    return disk
+
+
 def zeroed(disk: Disk) -> None:
     disk.put(0, bytes(16384 * 512))
 
@@ -544,7 +551,7 @@ CASES: dict[str, Case] = {
         others="kernel_spare",
     ),
     "nothing of ours": Case(
-        [seen(MAIN, (lambda d: d.put(0, b"\xeb\x63\x90" * 2048) or d)(Disk(sectors=MAIN_SECTORS)))],
+        [seen(MAIN, foreign(MAIN_SECTORS))],
         None,
     ),
     "active": Case(

@@ -417,7 +417,7 @@ def test_a_device_is_read_once_until_udev_tells_of_it(
         def __init__(self, _path: str) -> None:
             self.__dict__ = disk.__dict__
 
-        def __enter__(self) -> Open:
+        def __enter__(self) -> Any:
             return self
 
         def __exit__(self, *_error: object) -> None:
