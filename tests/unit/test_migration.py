@@ -6,6 +6,8 @@
 from __future__ import annotations
 
 import random
+import shutil
+import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -318,8 +320,11 @@ class Host:
         used = engine or self.engine()
         return used.apply(self.plan(used, **changes))
 
-    def at(self, kernel: Kernel) -> Host:
-        return replace(self, kernel=kernel)
+    def clone(self) -> Host:
+        """The host as it is now, with the backups that it has."""
+        folder = Path(tempfile.mkdtemp(dir=self.folder.parent))
+        shutil.copytree(self.folder, folder, dirs_exist_ok=True)
+        return replace(self, kernel=self.kernel.clone(), folder=folder)
 
     def expected(self, sector: int) -> bytes | None:
         if sector in self.lost:
@@ -370,7 +375,9 @@ def make_host(
     request = Request(
         NAME, main.path, paths, CHUNK * SECTOR, on_error, migrate_from=old.path, **changes
     )
-    return Host(kernel, request, folder, frozenset(lost_sectors(taken)), dict(taken.places), block)
+    # Each host has backups of its own.
+    own = Path(tempfile.mkdtemp(dir=folder))
+    return Host(kernel, request, own, frozenset(lost_sectors(taken)), dict(taken.places), block)
 
 
 @pytest.fixture
@@ -657,8 +664,8 @@ def place_of(host: Host, sector: int) -> int:
 # Crashes
 
 
-def labels(crashes: list[tuple[str, Kernel]]) -> list[str]:
-    return [label.partition(": ")[2] for label, _kernel in crashes]
+def labels(crashes: list[tuple[str, Host]]) -> list[str]:
+    return [label.partition(": ")[2] for label, _host in crashes]
 
 
 @pytest.mark.parametrize("power_cut", [False, True], ids=["killed", "power cut"])
@@ -674,35 +681,36 @@ def test_a_crash_anywhere_in_a_migration(
     monkeypatch.setattr(planner, "DRAIN_CHUNKS", 4)
     host = make_host(tmp_path, spares, on_error=on_error)
     main, old = dict(host.main.content), dict(host.old.content)
-    crashes: list[tuple[str, Kernel]] = []
+    crashes: list[tuple[str, Host]] = []
 
     def remember(label: str) -> None:
-        crashes.append((f"{len(crashes)}: {label}", host.kernel.clone()))
+        crashes.append((f"{len(crashes)}: {label}", host.clone()))
 
     process = Process(host.kernel, lambda call: remember(f"before {call}"))
     with host.engine().healing():
         host.create(host.engine(process, lambda name: remember(f"after {name}")))
         assert len(crashes) > 60
-        assert not any("/dev/old" in label or "/dev/main" in label for label, _kernel in crashes)
+        assert not any("/dev/old" in label or "/dev/main" in label for label, _host in crashes)
         begun = set()
         # From here on a copy may say that all was compared.
         verifying = labels(crashes).index("after migrate_chunks")
-        for number, (label, kernel) in enumerate(crashes):
-            for survivors in survivals(kernel.volatile(), label) if power_cut else [[]]:
-                again = host.at(kernel.clone())
-                if power_cut:
-                    again.kernel.cut_power(survivors)
-                device = again.kernel.mapped.get(NAME)
-                if device and device.live and on_error == "fail":
-                    again.check_reads(label)
-                anew = "migrate_chunks" in kinds(again.plan())
-                begun.add(anew)
-                assert anew or number > verifying, label
-                again.create()
-                assert not again.plan().actions, label
-                if on_error == "fail":
-                    again.check(label)
-                assert [again.main.content, again.old.content] == [main, old], label
+        for number, (label, left) in enumerate(crashes):
+            for survivors in survivals(left.kernel.volatile(), label) if power_cut else [[]]:
+                again = left.clone()
+                with again.engine().healing():
+                    if power_cut:
+                        again.kernel.cut_power(survivors)
+                    device = again.kernel.mapped.get(NAME)
+                    if device and device.live and on_error == "fail":
+                        again.check_reads(label)
+                    anew = "migrate_chunks" in kinds(again.plan())
+                    begun.add(anew)
+                    assert anew or number > verifying, label
+                    again.create()
+                    assert not again.plan().actions, label
+                    if on_error == "fail":
+                        again.check(label)
+                    assert [again.main.content, again.old.content] == [main, old], label
         assert begun == {False, True}
 
 
