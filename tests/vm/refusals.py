@@ -523,12 +523,14 @@ BAD_NAMES = {
 def _cases_of_existing_targets() -> Iterator[Case]:
     same = _target("main", "held", name=HELD)
     for case, change, words in (
-        ("other main", {"main": path("ide")}, ("active with the main", path("ide"))),
+        ("other main, in use", {"main": path("main4k")}, (path("main4k"), "is in use")),
+        ("other main, smaller", {"main": path("blank")}, (path("blank"), "fewer")),
+        ("other main, not empty", {"main": path("xfs")}, (path("xfs"), "is not empty: xfs")),
         ("further spare in use", {"spares": [path("held"), path("main4k")]}, (path("main4k"),)),
         ("other chunk_size", {"chunk_size": "128K"}, ("65536", "cannot be changed")),
         ("vanished main", {"main": "/dev/gone"}, ("/dev/gone", "no such device")),
     ):
-        device = HELD if "vanished" not in case else ""
+        device = HELD if " main" not in case else ""
         yield Case(f"active target, {case}", "target", {**same, **change}, words, device)
     taken = f"/dev/mapper/{ALIEN}"
     new = _target("ide", "spare")
