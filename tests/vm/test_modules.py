@@ -202,6 +202,7 @@ def test_life_of_a_target(lab: Machine, runner: Runner, spare_names: tuple[str, 
     assert_as_planned(check, done["absent"])
     assert steps_of(check["actions"]) == [
         ("remove_target", target),
+        ("note_removal", NAME),
         *(("wipe_metadata", node) for node in nodes),
         *(("deactivate_spare", node) for node in nodes),
     ]
