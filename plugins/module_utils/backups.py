@@ -146,9 +146,10 @@ class Backups:
         """Path of the file that notes a target's removal."""
         return os.path.join(self._of(target), _REMOVED)
 
-    def is_removed(self, target: uuid.UUID) -> bool:
-        """Whether a target was removed on purpose."""
-        return os.path.exists(self.removal(target))
+    def removed(self, target: uuid.UUID) -> str:
+        """Path of the note that a target was removed on purpose; empty if it was not."""
+        path = self.removal(target)
+        return path if os.path.exists(path) else ""
 
     def newest(self, target: uuid.UUID) -> Metadata | None:
         """The newest generation of a target that can be read, or None."""

@@ -28,6 +28,7 @@ from .fingerprint import (
     Match,
     Verdict,
     compare,
+    in_words,
     of_entry,
     of_info,
     unrelated,
@@ -1056,7 +1057,7 @@ def _name_of(metadata: Metadata) -> str:
 
 
 def _identity(recorded: Fingerprint) -> str:
-    return f"{recorded.model or 'no model'}, serial {recorded.serial or 'unknown'}"
+    return in_words(recorded.model, recorded.serial)
 
 
 def _entries(devices: Iterable[Found]) -> dict[uuid.UUID | None, Any]:

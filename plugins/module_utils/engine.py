@@ -727,9 +727,9 @@ class Engine:
             active=discovery.active_targets(self._mapper),
             kept={target: metadata for target, metadata in newest.items() if metadata},
             removed={
-                target: self._backups.removal(target)
-                for target in known
-                if self._backups.is_removed(target)
+                target: note
+                for target, note in ((one, self._backups.removed(one)) for one in known)
+                if note
             },
         )
 
@@ -814,9 +814,7 @@ class Engine:
             old_spare=self._old_spare(migrate_from) if migrate_from is not None else None,
             absent=tuple(absent),
             witness=self._backups.newest(owner) if owner else None,
-            removed=self._backups.removal(owner)
-            if owner and self._backups.is_removed(owner)
-            else "",
+            removed=self._backups.removed(owner) if owner else "",
         )
 
     def _old_spare(self, path: str) -> OldSpare | None:
@@ -857,7 +855,7 @@ class Engine:
         """The target, by the host's backups, that had these devices; or else this name."""
         found = None
         for owner in self._backups.targets():
-            metadata = None if self._backups.is_removed(owner) else self._backups.newest(owner)
+            metadata = None if self._backups.removed(owner) else self._backups.newest(owner)
             if metadata is None or not metadata.extents:
                 continue
             members = [planner.member_index(info, metadata) for info in spares]
@@ -881,8 +879,7 @@ class Engine:
         Raises:
             DmRemapError: a device does not exist or cannot be read.
         """
-        names = [name for name in self.target_names() if self._is_of(name, backup)]
-        active = self.observe(request.name) is not None or bool(names)
+        active = self.observe(request.name) is not None or bool(self.name_of(backup.target_uuid))
         candidates = tuple(self._candidate(path, True) for path in request.spares)
         owner = backup.target_uuid
         return RestoreSeen(
@@ -893,12 +890,8 @@ class Engine:
             main=self._blocks.describe(request.main),
             candidates=candidates,
             tagged=frozenset(c.info.path for c in candidates if self._has_tags(c, backup)),
-            removed=self._backups.removal(owner) if self._backups.is_removed(owner) else "",
+            removed=self._backups.removed(owner),
         )
-
-    def _is_of(self, name: str, metadata: Metadata) -> bool:
-        device = self._mapper.info(name)
-        return device is not None and device.uuid == _dm_uuid(metadata)
 
     def _has_tags(self, candidate: Candidate, metadata: Metadata) -> bool:
         """Whether dm-integrity's superblock is where a spare of the target has it."""
@@ -1377,9 +1370,9 @@ class Engine:
                 main=opened.enter_context(self._blocks.BlockDevice(main.path)),
                 spares={
                     index: opened.enter_context(
-                        self._blocks.BlockDevice(self._node_of_spare(plan, index), writable=True)
+                        self._blocks.BlockDevice(self._blocks.node_of(devno), writable=True)
                     )
-                    for index in plan.spares
+                    for index, devno in self._spare_devnos(plan).items()
                 },
                 members=self._open_members(opened, plan.spares),
             )
@@ -1397,9 +1390,11 @@ class Engine:
         self._commit_new(plan, None, draft)
         return done
 
-    def _node_of_spare(self, plan: Plan, index: int) -> str:
-        devno = self._existing(stack.spare_name(plan.name, index)).devno
-        return self._blocks.node_of(devno)
+    def _spare_devnos(self, plan: Plan) -> dict[int, str]:
+        """Device numbers of the integrity devices of a plan's spares, by index."""
+        return {
+            index: self._existing(stack.spare_name(plan.name, index)).devno for index in plan.spares
+        }
 
     def _gather(
         self, plan: Plan, chunks: Sequence[int], main: OpenDevice, source: OpenDevice
@@ -1409,8 +1404,7 @@ class Engine:
         block, patience = metadata.config["block_sectors"], Patience()
         parts: list[tuple[int, migration.Piece, Salvage]] = []
         for chunk in chunks:
-            place = planner.where(metadata, chunk)
-            for piece in taken.pieces(place["start"], place["count"]):
+            for piece in _pieces_of(metadata, taken, chunk):
                 if not piece.lost:
                     device, sector = main, piece.sector
                     if piece.source is not None:
@@ -1443,11 +1437,8 @@ class Engine:
         """
         taken, old, main = _migration_of(plan)
         metadata = self._chosen(plan).metadata
-        spares = {
-            index: self._existing(stack.spare_name(plan.name, index)).devno for index in plan.spares
-        }
         part = stack.map_name(plan.name)
-        table = planner.map_table(metadata, main.devno, spares)
+        table = planner.map_table(metadata, main.devno, self._spare_devnos(plan))
         devno = self._create_part(metadata, plan.name, part, table)
         try:
             with contextlib.ExitStack() as opened:
@@ -1456,8 +1447,7 @@ class Engine:
                     for path in (self._blocks.node_of(devno), main.path, old.path)
                 )
                 for chunk in taken.chunks(metadata.config["chunk_sectors"]):
-                    place = planner.where(metadata, chunk)
-                    for piece in taken.pieces(place["start"], place["count"]):
+                    for piece in _pieces_of(metadata, taken, chunk):
                         source = first if piece.source is None else second
                         _compare(piece, metadata, made, source)
         finally:
@@ -1508,9 +1498,7 @@ class Engine:
             metadata = self._chosen(plan).metadata
         if migration.unfinished(metadata):
             raise AssertionError("a target is not activated before its migration is verified")
-        spares = {
-            index: self._existing(stack.spare_name(name, index)).devno for index in plan.spares
-        }
+        spares = self._spare_devnos(plan)
         upper_main, flushed = main.devno, ""
         if planner.shim_of(metadata) == planner.RAID_SHIM:
             upper_main = self._create_part(
@@ -2815,6 +2803,12 @@ def _migration_of(plan: Plan) -> tuple[migration.Migration, DeviceInfo, DeviceIn
     if plan.migration is None or plan.old_spare is None or plan.main is None:
         raise AssertionError("only plans with a migration have such actions")
     return plan.migration, plan.old_spare, plan.main
+
+
+def _pieces_of(metadata: Metadata, taken: migration.Migration, chunk: int) -> list[migration.Piece]:
+    """What a chunk of a new target is made of."""
+    place = planner.where(metadata, chunk)
+    return taken.pieces(place["start"], place["count"])
 
 
 def _empty_work(metadata: Metadata, taken: migration.Migration, chunk: int) -> _Work:

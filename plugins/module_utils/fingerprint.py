@@ -213,6 +213,11 @@ def _is_own_mark(fs_type: str) -> bool:
     return fs_type.lower().replace("-", "_").startswith(("dm_remap", "dmremap"))
 
 
+def in_words(model: str | None, serial: str | None) -> str:
+    """Who a recorded device is, for people: its model and serial number."""
+    return f"{model or 'no model'}, serial {serial or 'unknown'}"
+
+
 def of_entry(entry: object) -> Fingerprint:
     """The fingerprint that a main's or a spare's entry of the configuration has recorded."""
     if not isinstance(entry, Mapping):

@@ -944,10 +944,8 @@ def _agrees_with(witness: Metadata | None, metadata: Metadata) -> bool:
 def _named_spare(metadata: Metadata, index: int) -> str:
     entry = metadata.config["spares"][index]
     chunks = count_of(len(chunks_on(metadata, index)), "remapped chunk")
-    return (
-        f"spare {index} ({entry.get('model') or 'no model'}, serial "
-        f"{entry.get('serial') or 'unknown'}, {entry['uuid']}) with {chunks}"
-    )
+    who = fingerprint.in_words(entry.get("model"), entry.get("serial"))
+    return f"spare {index} ({who}, {entry['uuid']}) with {chunks}"
 
 
 def _doubts(

@@ -197,7 +197,7 @@ def find_other(
     found = sure or [info for info in fitting.values() if info.path == path and lasts(path)]
     if len(found) == 1:
         return found[0]
-    who = f"{entry.get('model') or 'no model'}, serial {entry.get('serial') or 'unknown'}"
+    who = fingerprint.in_words(entry.get("model"), entry.get("serial"))
     if found:
         raise Refused(
             f"and {found[1].path} could both be the {role} ({who}) of a replacement under way",

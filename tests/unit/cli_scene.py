@@ -7,11 +7,16 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import re
+import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
+import pytest
+
+from dm_remap import engine as engine_module
 from dm_remap.cli.framework import Host, run
 from dm_remap.cli.programs import PROGRAMS
 from dm_remap.engine import Engine
@@ -19,6 +24,13 @@ from tests.unit.fake_kernel import Process
 from tests.unit.test_engine import Scene
 
 MACHINE = "00000000-0000-4000-8000-000000000000"
+
+
+def be_root_at_a_known_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Everybody is root, and it is always the same moment."""
+    monkeypatch.setattr(engine_module, "lock_memory", lambda: None)
+    monkeypatch.setattr(os, "geteuid", lambda: 0)
+    monkeypatch.setattr(time, "time_ns", lambda: 1_700_000_000 * 10**9)
 
 
 class Terminal(io.StringIO):

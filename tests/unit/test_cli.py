@@ -26,7 +26,7 @@ from dm_remap.cli.text import clean, pairs, table, time_text
 from dm_remap.events import Draft, Origin
 from dm_remap.journal import Journal
 from dm_remap.report import describe_target
-from tests.unit.cli_scene import Desk, Terminal, settled
+from tests.unit.cli_scene import Desk, Terminal, be_root_at_a_known_time, settled
 from tests.unit.test_engine import NAME, make_scene
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -35,10 +35,7 @@ CORE = ROOT / "plugins" / "module_utils"
 
 @pytest.fixture(autouse=True)
 def root_at_a_known_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Everybody is root, and it is always the same moment."""
-    monkeypatch.setattr(engine_module, "lock_memory", lambda: None)
-    monkeypatch.setattr(os, "geteuid", lambda: 0)
-    monkeypatch.setattr(time, "time_ns", lambda: 1_700_000_000 * 10**9)
+    be_root_at_a_known_time(monkeypatch)
 
 
 @pytest.fixture

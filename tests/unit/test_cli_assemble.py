@@ -6,23 +6,18 @@
 from __future__ import annotations
 
 import os
-import time
 from pathlib import Path
 
 import pytest
 
-from dm_remap import engine as engine_module
-from tests.unit.cli_scene import Desk, Terminal, settled
+from tests.unit.cli_scene import Desk, Terminal, be_root_at_a_known_time, settled
 from tests.unit.fake_kernel import Process
 from tests.unit.test_engine import CHUNK, NAME, make_scene
 
 
 @pytest.fixture(autouse=True)
 def root_at_a_known_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Everybody is root, and it is always the same moment."""
-    monkeypatch.setattr(engine_module, "lock_memory", lambda: None)
-    monkeypatch.setattr(os, "geteuid", lambda: 0)
-    monkeypatch.setattr(time, "time_ns", lambda: 1_700_000_000 * 10**9)
+    be_root_at_a_known_time(monkeypatch)
 
 
 @pytest.fixture
