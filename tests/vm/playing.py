@@ -11,6 +11,7 @@ import os
 import subprocess
 import sys
 import tarfile
+import weakref
 from dataclasses import asdict, dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
@@ -26,6 +27,8 @@ PLACE = "/opt/dm-remap-modules"
 NOBODY = 65534
 PLAY_SECONDS = 900
 UNPRIVILEGED = "tester"
+
+_equipped: weakref.WeakSet[Machine] = weakref.WeakSet()
 
 
 @dataclass(frozen=True)
@@ -165,10 +168,10 @@ class ModuleRunner:
 
     def __init__(self, machine: Machine) -> None:
         self._machine = machine
-        machine.run(
-            f"rm -rf {PLACE} && mkdir -p {PLACE} && tar -x -f - -C {PLACE} && sync",
-            input=_archive(),
-        )
+        if machine not in _equipped:
+            # Synced, because a power cut would take it away again.
+            machine.run(f"mkdir -p {PLACE} && tar -x -f - -C {PLACE} && sync", input=_archive())
+            _equipped.add(machine)
 
     def run(self, *steps: Step) -> dict[str, dict[str, Any]]:
         """Run ``steps`` one after the other; see Player.run."""

@@ -13,8 +13,8 @@ import pytest
 
 from tests.lab import Disk, Machine
 from tests.vm.conftest import DISKS
+from tests.vm.deployment import ensure_deployed
 from tests.vm.test_daemon import Guest as DaemonGuest
-from tests.vm.test_daemon import deploy
 
 # Makes a target that holds its errors, as the module `target` does.
 CREATE = """
@@ -177,9 +177,17 @@ class Guest(DaemonGuest):
 
     def scan(self, sector: int, count: int, version: int = 0) -> dict[int, str]:
         """Read blocks of 8 sectors; what is not right, by sector."""
-        places = range(sector, sector + count, 8)
-        results = self.act(*[("direct read", at, 8, version) for at in places])
-        return {at: result for at, result in zip(places, results) if result != "ok"}
+        return self.scan_all((sector, count, version))
+
+    def scan_all(self, *ranges: tuple[int, int, int]) -> dict[int, str]:
+        """Like scan for ranges (sector, sectors, version), by one start of the application."""
+        reads = [
+            ("direct read", at, 8, version)
+            for sector, count, version in ranges
+            for at in range(sector, sector + count, 8)
+        ]
+        results = self.act(*reads)
+        return {read[1]: result for read, result in zip(reads, results) if result != "ok"}
 
     def unit(self, name: str) -> str:
         """A property of the healer's unit."""
@@ -190,9 +198,7 @@ class Guest(DaemonGuest):
 @pytest.fixture(scope="module")
 def installed(machine: Machine, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Guest]:
     """A guest with the role's services, for all tests."""
-    if not machine.running:
-        machine.start()
-    deploy(machine, tmp_path_factory.mktemp("deploy"))
+    ensure_deployed(machine, tmp_path_factory.mktemp("deploy"))
     machine.write_file("/root/create.py", CREATE)
     machine.write_file("/root/remap.py", REMAP)
     machine.write_file("/root/give_up.py", GIVE_UP)
@@ -210,16 +216,15 @@ def guest(installed: Guest) -> Guest:
 
 
 # A medium error without a shim passes the multipath (docs/lab.md says which disk gives which).
-@pytest.mark.core
 @pytest.mark.parametrize(
     ("name", "code", "shim", "held"),
     [
-        ("main", "EIO", "none", True),
-        ("main4k", "EIO", "none", True),
-        ("scsi", "EIO", "none", True),
-        ("ide", "EIO", "none", True),
+        pytest.param("main", "EIO", "none", True, marks=pytest.mark.core),
+        pytest.param("main4k", "EIO", "none", True, marks=pytest.mark.soak),
+        pytest.param("scsi", "EIO", "none", True, marks=pytest.mark.soak),
+        pytest.param("ide", "EIO", "none", True, marks=pytest.mark.soak),
         ("scsi", "ENODATA", "none", False),
-        ("nvme", "EIO", "none", False),
+        pytest.param("nvme", "EIO", "none", False, marks=pytest.mark.soak),
         pytest.param("scsi", "ENODATA", "raid", True, marks=pytest.mark.soak),
         pytest.param("nvme", "EIO", "raid", True, marks=pytest.mark.soak),
     ],
@@ -232,13 +237,14 @@ def test_an_application_sees_lost_sectors_only(
     guest.create(name, shim)
     disk.fail([(1288, 8), (5128, 8)], op="read", errno=code)
     disk.fail([(2568, 8), (3848, 8), (6408, 8)], op="write", errno=code)
-    first = {
-        "direct read": guest.do("direct read", 1280, 64),
-        "read": guest.do("read", 5120, 8),
-        "direct write": guest.do("direct write", 2560, 64, 1),
-        "write": guest.do("write", 3840, 64, 1),
-        "direct durable write": guest.do("direct durable write", 6400, 64, 1),
-    }
+    operations = [
+        ("direct read", 1280, 64, 0),
+        ("read", 5120, 8, 0),
+        ("direct write", 2560, 64, 1),
+        ("write", 3840, 64, 1),
+        ("direct durable write", 6400, 64, 1),
+    ]
+    first = dict(zip((what for what, *_rest in operations), guest.act(*operations)))
     if held:
         assert first == {
             "direct read": "EILSEQ",
@@ -250,20 +256,15 @@ def test_an_application_sees_lost_sectors_only(
     else:
         assert {first["direct read"], first["direct write"]} == {"ENODATA"}
         # The application's second try comes after the healing, however long that takes.
-        while guest.do("direct write", 2560, 64, 1) != "ok":
-            pass
-        while guest.do("write", 3840, 64, 1) != "ok":
-            pass
-        while guest.do("direct durable write", 6400, 64, 1) != "ok":
+        while set(guest.act(*operations[2:])) != {"ok"}:
             pass
     assert guest.do("read", 5128, 8) in ("EIO", "EILSEQ")
     assert guest.lost(2) == [[1288, 8], [5128, 8]]
-    assert guest.scan(1280, 128) == {1288: "EILSEQ"}
-    assert guest.scan(5120, 128) == {5128: "EILSEQ"}
-    for sector in (2560, 3840, 6400):
-        assert guest.scan(sector, 64, 1) == {}
+    untouched = [(0, 1280, 0), (4096, 1024, 0)]
+    written = [(sector, 64, 1) for sector in (2560, 3840, 6400)]
+    wrong = guest.scan_all((1280, 128, 0), (5120, 128, 0), *written, *untouched)
+    assert wrong == {1288: "EILSEQ", 5128: "EILSEQ"}
     assert guest.act(("direct write", 1288, 8, 1), ("direct read", 1288, 8, 1)) == ["ok", "ok"]
-    assert guest.scan(0, 1280) == guest.scan(4096, 1024) == {}
     assert "flush_failed" not in guest.kinds_since(begun)
     assert (guest.counted("lost_sectors"), guest.counted("failed")) == (16, 0)
     assert "healer" not in guest.health()["troubles"]
@@ -309,7 +310,6 @@ def test_a_healer_killed_in_the_middle_goes_on(guest: Guest) -> None:
     assert int(guest.unit("NRestarts")) >= int(kills)
 
 
-@pytest.mark.core
 def test_a_file_system_is_made_and_used_over_bad_sectors(guest: Guest) -> None:
     """mkfs and the mounted file system write zeroes by one operation for a whole range."""
     guest.create("main")
@@ -325,7 +325,6 @@ def test_a_file_system_is_made_and_used_over_bad_sectors(guest: Guest) -> None:
     assert guest.counted("failed") == 0
 
 
-@pytest.mark.core
 def test_a_lost_spare_takes_down_only_what_was_on_it(guest: Guest) -> None:
     lost, others = range(384, 640, 8), [at for at in range(0, FILLED, 8) if not 384 <= at < 640]
     for name in ("pull0", "pull1"):

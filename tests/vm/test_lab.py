@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import errno
+import itertools
 import json
 import os
 import select
@@ -15,6 +16,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from _pytest.mark.structures import ParameterSet
 
 from tests.lab import CommandFailed, Disk, LabError, Machine
 
@@ -36,9 +38,16 @@ PATTERN = bytes(range(256)) * 16
 SECTORS = len(PATTERN) // 512
 
 
-@pytest.mark.core
-@pytest.mark.parametrize("op", ["read", "write", "both"])
-@pytest.mark.parametrize(("name", "injected"), GUEST_ERRNO)
+def failing_sectors() -> Iterator[ParameterSet]:
+    """Every disk, error and operation; outside of the long runs those that differ most."""
+    for (name, injected), op in itertools.product(GUEST_ERRNO, ("read", "write", "both")):
+        short = op == "both" or (name, injected) == ("main", "EIO")
+        yield pytest.param(
+            name, injected, op, marks=pytest.mark.core if short else pytest.mark.soak
+        )
+
+
+@pytest.mark.parametrize(("name", "injected", "op"), failing_sectors())
 def test_a_failing_sector(lab: Machine, name: str, injected: str, op: str) -> None:
     disk = lab.disk(name)
     expected = GUEST_ERRNO[name, injected]

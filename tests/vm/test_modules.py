@@ -89,11 +89,12 @@ def difference(result: Result) -> dict[str, tuple[str, str]]:
     }
 
 
-@pytest.mark.core
 @pytest.mark.parametrize(
     ("through_ansible", "spare_names"),
-    [(True, ("spare",)), (False, ("spare", "spare2", "scsi"))],
-    ids=["one spare, through Ansible", "three spares"],
+    [
+        pytest.param(True, ("spare",), id="one spare, through Ansible", marks=pytest.mark.soak),
+        pytest.param(False, ("spare", "spare2", "scsi"), id="three spares"),
+    ],
 )
 def test_life_of_a_target(lab: Machine, runner: Runner, spare_names: tuple[str, ...]) -> None:
     main, spares = lab.disk("main"), [lab.disk(name) for name in spare_names]
@@ -337,7 +338,6 @@ def make_all(machine: Machine, directory: Path) -> Outcome:
     return Outcome(results, played, before, after, mapped_before, mapped_after, erased, places)
 
 
-@pytest.mark.core
 class TestRefusals:
     """What is not safe is refused, with a message that helps, and nothing is written."""
 

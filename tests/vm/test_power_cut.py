@@ -144,8 +144,13 @@ def check(target: Guarded, result: dict[str, Any], steps: list[str]) -> None:
     assert result["end"]["generation"] == target.generation + 1, told
 
 
-def walk(machine: Machine, targets: list[Guarded], walks: int) -> list[dict[str, Any]]:
-    """Cut the power at every step, ``walks`` times over; what was found after each cut."""
+def walk(
+    machine: Machine, targets: list[Guarded], walks: int, most: int | None = None
+) -> list[dict[str, Any]]:
+    """Cut the power at every step, ``walks`` times over; what was found after each cut.
+
+    Where ``most`` is given, at so many steps, spread evenly from the first to the last.
+    """
     guest = Guest(machine)
     places = [{**target.places(), "sectors": MAIN_SECTORS} for target in targets]
     for made in guest.call("prepare", targets=places):
@@ -157,7 +162,9 @@ def walk(machine: Machine, targets: list[Guarded], walks: int) -> list[dict[str,
     targets[0].chunks.add(0)
     targets[0].generation += 1
     found = []
-    groups = [group for number in range(walks) for group in turns(steps, number)]
+    last = len(steps) - 1
+    chosen = steps if most is None else [steps[n * last // (most - 1)] for n in range(most)]
+    groups = [group for number in range(walks) for group in turns(chosen, number)]
     for turn, group in enumerate(groups):
         cut_power(machine, targets, group, turn)
         asked = [
@@ -183,12 +190,17 @@ def walk(machine: Machine, targets: list[Guarded], walks: int) -> list[dict[str,
             target.chunks.add(chunk_of(turn))
             target.changed.update(result["changed"])
             found.append(result)
-    assert {result["step"] for result in found} == {*steps}
+    assert {result["step"] for result in found} == {*chosen}
     return found
 
 
-def test_a_power_cut_at_every_step(cut: Machine, guarded: list[Guarded]) -> None:
-    found = walk(cut, guarded, walks=1)
+@pytest.mark.parametrize(
+    "most", [TARGETS, pytest.param(None, marks=pytest.mark.soak)], ids=["some", "all"]
+)
+def test_power_cuts_at_the_steps_of_a_remap(
+    cut: Machine, guarded: list[Guarded], most: int | None
+) -> None:
+    found = walk(cut, guarded, walks=1, most=most)
     outcomes = {result["together"]["remapped"] for result in found}
     assert outcomes == {False, True}, "both the old and the new generation must have been met"
 

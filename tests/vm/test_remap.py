@@ -52,10 +52,15 @@ PAIRS = [
 ]
 
 
-@pytest.fixture(params=PAIRS, ids=lambda pair: pair.main)
-def pair(request: pytest.FixtureRequest) -> Pair:
-    """Each kind of disk in turn."""
-    return request.param  # type: ignore[no-any-return]
+def pairs(*short: str) -> pytest.MarkDecorator:
+    """Each kind of disk in turn; only the mains ``short`` outside of the long runs."""
+    return pytest.mark.parametrize(
+        "pair",
+        [
+            pytest.param(pair, id=pair.main, marks=[pytest.mark.soak] * (pair.main not in short))
+            for pair in PAIRS
+        ],
+    )
 
 
 @pytest.fixture
@@ -93,6 +98,7 @@ def remap_bad_sector(guest: Guest, pair: Pair, **more: Any) -> dict[str, Any]:
 
 
 @pytest.mark.core
+@pairs("main", "scsi", "nvme", "main4k")
 def test_a_sector_that_cannot_be_read(guest: Guest, pair: Pair) -> None:
     prepare(guest, pair.main, pair.spare)
     guest.machine.disk(pair.main).fail([(BAD_SECTOR, 1)], op="read", errno=pair.errno)
@@ -107,7 +113,7 @@ def test_a_sector_that_cannot_be_read(guest: Guest, pair: Pair) -> None:
     assert done["wrong_after_writing"] == [], "a write must heal a lost sector"
 
 
-@pytest.mark.core
+@pairs("nvme")
 def test_a_sector_that_reads_after_some_tries(guest: Guest, pair: Pair) -> None:
     prepare(guest, pair.main, pair.spare)
     disk = guest.machine.disk(pair.main)
@@ -120,7 +126,7 @@ def test_a_sector_that_reads_after_some_tries(guest: Guest, pair: Pair) -> None:
     assert done["wrong"] == []
 
 
-@pytest.mark.core
+@pairs("main4k")
 def test_a_sector_that_cannot_be_written(guest: Guest, pair: Pair) -> None:
     prepare(guest, pair.main, pair.spare)
     guest.machine.disk(pair.main).fail([(BAD_SECTOR, 1)], op="write", errno=pair.errno)
@@ -173,8 +179,13 @@ def median(values: list[float]) -> float:
     return sorted(values)[len(values) // 2]
 
 
-@pytest.mark.core
-@pytest.mark.parametrize(("main", "spare"), [("main", "spare"), ("main4k", "spare4k")])
+@pytest.mark.parametrize(
+    ("main", "spare"),
+    [
+        pytest.param("main", "spare", marks=pytest.mark.core),
+        pytest.param("main4k", "spare4k", marks=pytest.mark.soak),
+    ],
+)
 def test_no_acknowledged_write_is_lost(guest: Guest, main: str, spare: str) -> None:
     check_race(guest, main, spare, races=10)
 
@@ -199,7 +210,6 @@ def test_a_guard_ends_the_freeze_of_a_killed_remap(guest: Guest, last: str, rema
     assert found == {"wrong": [], "remapped": remapped, "interrupted": False, "damaged": 0}
 
 
-@pytest.mark.core
 def test_a_remap_that_is_killed_after_each_step(guest: Guest) -> None:
     prepare(guest, "main", "spare", "spare2", sectors=16384)
     steps = guest.call("steps", name=NAME, chunk=0)

@@ -24,7 +24,7 @@ CHUNK_SECTORS = 128
 @pytest.mark.parametrize(
     ("on_error", "shim", "interface", "mebibytes"),
     [
-        pytest.param("hold", "none", "virtio", 32, marks=pytest.mark.core),
+        ("hold", "none", "virtio", 32),
         pytest.param("hold", "raid", "scsi", 96, marks=pytest.mark.soak),
         pytest.param("fail", "none", "virtio", 96, marks=pytest.mark.soak),
     ],

@@ -40,8 +40,8 @@ def check(result: dict[str, Any]) -> None:
     ("block", "size"),
     [
         (512, "32M"),
-        pytest.param(512, "64M", marks=pytest.mark.core),
-        (4096, "32M"),
+        (512, "64M"),
+        pytest.param(4096, "32M", marks=pytest.mark.soak),
         pytest.param(4096, "64M", marks=pytest.mark.core),
     ],
 )
@@ -51,7 +51,7 @@ def test_every_usable_chunk_can_be_written(lab: Machine, block: int, size: str) 
     assert result["written"] == result["usable"]
 
 
-@pytest.mark.parametrize("block", [512, 4096])
+@pytest.mark.parametrize("block", [pytest.param(512, marks=pytest.mark.soak), 4096])
 def test_the_edges_of_a_large_spare(lab: Machine, block: int) -> None:
     result = examine(lab, block, "1G", every_chunk=False)
     check(result)

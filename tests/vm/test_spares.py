@@ -16,7 +16,6 @@ NAME = "guarded"
 CHUNK_SECTORS = 128
 
 
-@pytest.mark.core
 def test_spares_change_under_a_verifying_load(lab: Machine) -> None:
     guest = Guest(lab)
     size = 96 << 20
