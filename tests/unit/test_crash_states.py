@@ -36,6 +36,7 @@ from dm_remap.copies import (
     wipe,
 )
 from dm_remap.format import HEADER_SECTORS, Invalid, Metadata, pack_slot
+from tests.parameters import short_form
 from tests.unit.copy_scene import (
     NOW,
     ODD_AND_FAR,
@@ -462,7 +463,7 @@ def test_every_crash_of_a_first_commit_to_more_spares(count: int) -> None:
 SUBSETS = [subset for size in range(1, 8) for subset in itertools.combinations(range(7), size)]
 
 
-@pytest.mark.parametrize("size", range(1, 7))
+@pytest.mark.parametrize("size", short_form(range(1, 7), always=[1, 3, 6]))
 def test_every_crash_of_a_commit_over_copies_that_were_lost(size: int) -> None:
     """Damaged, or unreadable until they are written: the first write must spare one good copy."""
     old = after(first(), 3)
@@ -473,8 +474,13 @@ def test_every_crash_of_a_commit_over_copies_that_were_lost(size: int) -> None:
     assert judge.generations == {4, 5}
 
 
-@pytest.mark.parametrize("size", range(1, 6))
-@pytest.mark.parametrize("offset", [0, HEADER_SECTORS], ids=["header", "body"])
+@pytest.mark.parametrize(
+    ("size", "offset"),
+    short_form(
+        itertools.product(range(1, 6), [0, HEADER_SECTORS]),
+        always=[(1, 0), (2, HEADER_SECTORS), (4, 0), (5, HEADER_SECTORS)],
+    ),
+)
 def test_every_crash_of_a_commit_over_slots_that_stay_unreadable(size: int, offset: int) -> None:
     """They take writes and never read: as long as two others read, nothing is lost."""
     old = after(first(), 3)
@@ -512,7 +518,9 @@ def test_every_crash_of_a_commit_over_slots_that_cannot_be_written(size: int) ->
 # Repairs, and crashes after crashes
 
 
-@pytest.mark.parametrize("others", ["old", "damaged", "blank"])
+@pytest.mark.parametrize(
+    "others", short_form(["old", "damaged", "blank"], always=["old", "damaged"])
+)
 def test_every_crash_of_a_repair(others: str) -> None:
     old, new = first(), after(first())
     judge = Judge(new, new)

@@ -36,6 +36,7 @@ from dm_remap.planner import (
     plan_spare_present,
 )
 from dm_remap.report import describe_target
+from tests.parameters import short_form
 from tests.unit.fake_kernel import SECTOR, Process
 from tests.unit.test_engine import (
     CHUNK,
@@ -514,8 +515,13 @@ def power_cuts(crash: Crash, most: int = 3) -> Iterator[Scene]:
         yield left
 
 
-@pytest.mark.parametrize("on_error", POLICIES)
-@pytest.mark.parametrize("missing", [(1,), (0, 2)])
+# Which spares are missing, and what an I/O error does.
+CRASHES = short_form(
+    itertools.product([(1,), (0, 2)], POLICIES), always=[((1,), "hold"), ((0, 2), "fail")]
+)
+
+
+@pytest.mark.parametrize(("missing", "on_error"), CRASHES)
 def test_a_crash_anywhere_in_an_activation_without_spares(
     tmp_path: Path, missing: tuple[int, ...], on_error: str
 ) -> None:
@@ -537,8 +543,7 @@ def test_a_crash_anywhere_in_an_activation_without_spares(
             check(whole, on, (), crash.label)
 
 
-@pytest.mark.parametrize("on_error", POLICIES)
-@pytest.mark.parametrize("missing", [(1,), (0, 2)])
+@pytest.mark.parametrize(("missing", "on_error"), CRASHES)
 def test_a_crash_anywhere_in_a_return(
     tmp_path: Path, missing: tuple[int, ...], on_error: str
 ) -> None:

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 from tests.lab import Disk, Machine
+from tests.parameters import short_form
 from tests.vm.conftest import DISKS
 from tests.vm.deployment import ensure_deployed
 
@@ -114,8 +115,7 @@ def guest(installed: Guest) -> Guest:
 
 @pytest.mark.core
 @pytest.mark.parametrize(
-    "name",
-    ["main", "nvme", *(pytest.param(n, marks=pytest.mark.soak) for n in ("main4k", "scsi", "ide"))],
+    "name", short_form(["main", "main4k", "scsi", "nvme", "ide"], always=["main", "nvme"])
 )
 def test_a_failed_read_names_the_bad_sectors(guest: Guest, name: str) -> None:
     disk = guest.lab.disk(name)
@@ -129,9 +129,7 @@ def test_a_failed_read_names_the_bad_sectors(guest: Guest, name: str) -> None:
     assert event["errno"] in (5, 61, 121)
 
 
-@pytest.mark.parametrize(
-    "name", ["main", *(pytest.param(n, marks=pytest.mark.soak) for n in ("scsi", "nvme"))]
-)
+@pytest.mark.parametrize("name", short_form(["main", "scsi", "nvme"], always=["main"]))
 def test_a_failed_write_names_its_whole_range(guest: Guest, name: str) -> None:
     disk = guest.lab.disk(name)
     guest.target(disk.path)
@@ -262,9 +260,7 @@ def test_a_killed_daemon_comes_back_and_keeps_its_journal(guest: Guest) -> None:
     assert events[1]["sequence"] > first["sequence"]
 
 
-@pytest.mark.parametrize(
-    "interface", ["scsi", *(pytest.param(n, marks=pytest.mark.soak) for n in ("virtio", "nvme"))]
-)
+@pytest.mark.parametrize("interface", short_form(["virtio", "scsi", "nvme"], always=["scsi"]))
 def test_a_disk_that_was_pulled_has_no_bad_sectors(guest: Guest, interface: str) -> None:
     disk = guest.lab.attach(Disk("pulled", size="8M", interface=interface))
     guest.target(disk.path)

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from tests.lab import Disk, Machine
+from tests.parameters import short_form
 from tests.vm.guest import Guest
 
 NAME = "guarded"
@@ -52,14 +53,12 @@ PAIRS = [
 ]
 
 
-def pairs(*short: str) -> pytest.MarkDecorator:
-    """Each kind of disk in turn; only the mains ``short`` outside of the long runs."""
+def pairs(*always: str) -> pytest.MarkDecorator:
+    """Each kind of disk in turn; only those with the mains ``always`` outside of the long runs."""
     return pytest.mark.parametrize(
         "pair",
-        [
-            pytest.param(pair, id=pair.main, marks=[pytest.mark.soak] * (pair.main not in short))
-            for pair in PAIRS
-        ],
+        short_form(PAIRS, always=[pair for pair in PAIRS if pair.main in always]),
+        ids=lambda pair: pair.main,
     )
 
 
