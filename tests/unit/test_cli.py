@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 
 from dm_remap import engine as engine_module
-from dm_remap.cli import framework
+from dm_remap.cli import framework, installation
 from dm_remap.cli.framework import EXIT_TEXTS, Command, Exit, Host, Program, Result, run
 from dm_remap.cli.programs import PROGRAMS
 from dm_remap.cli.text import clean, pairs, table, time_text
@@ -501,7 +501,7 @@ def test_a_closed_error_output_does_not_stop_a_remap(desk: Desk) -> None:
 def entry_point(tmp_path: Path, name: str) -> list[str]:
     """The command as the role installs it, with the core elsewhere."""
     (tmp_path / "dm_remap").symlink_to(CORE)
-    text = (ROOT / "roles" / "host" / "files" / "dm-remap").read_text()
+    text = installation.files()[f"/usr/sbin/{name}"].text
     assert text.count('"/usr/lib/dm-remap"') == 1
     (tmp_path / name).write_text(text.replace("/usr/lib/dm-remap", str(tmp_path)))
     return [sys.executable, str(tmp_path / name)]

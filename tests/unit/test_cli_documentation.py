@@ -16,9 +16,10 @@ from pathlib import Path
 import pytest
 import yaml
 
-from dm_remap.cli import documentation
-from dm_remap.cli.documentation import completion, install, leaves, manual, outdated
+from dm_remap.cli import documentation, installation
+from dm_remap.cli.documentation import completion, leaves, manual
 from dm_remap.cli.framework import EXIT_TEXTS, parser_of
+from dm_remap.cli.installation import install, outdated
 from dm_remap.cli.programs import PROGRAMS
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -163,30 +164,35 @@ def test_text_cannot_be_a_request() -> None:
 
 
 def test_installing_twice_writes_once(tmp_path: Path) -> None:
-    wanted = sorted(documentation.documents())
-    assert len(wanted) == 2 * len(PROGRAMS)
+    wanted = sorted(installation.files())
+    assert len(wanted) == 3 * len(PROGRAMS)
     assert sorted(outdated(str(tmp_path))) == wanted
     assert not list(tmp_path.iterdir())
     assert sorted(install(str(tmp_path))) == wanted
     assert install(str(tmp_path)) == outdated(str(tmp_path)) == []
-    page = tmp_path / wanted[0].lstrip("/")
+    manual_page = "/usr/share/man/man8/dm-remap.8"
+    page = tmp_path / manual_page.lstrip("/")
     assert page.stat().st_mode & 0o777 == 0o644
+    command = tmp_path / "usr/sbin/dm-remap"
+    assert command.stat().st_mode & 0o777 == 0o755
+    command.chmod(0o644)
+    assert outdated(str(tmp_path)) == install(str(tmp_path)) == ["/usr/sbin/dm-remap"]
+    assert command.stat().st_mode & 0o777 == 0o755
     page.write_bytes(b"\xff")
-    assert outdated(str(tmp_path)) == install(str(tmp_path)) == [wanted[0]]
+    assert outdated(str(tmp_path)) == install(str(tmp_path)) == [manual_page]
     assert len([path for path in tmp_path.rglob("*") if path.is_file()]) == len(wanted)
 
 
 def test_what_the_role_reads(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    all_files = 2 * len(PROGRAMS)
+    all_files = 3 * len(PROGRAMS)
     for arguments, files in ((["--check"], all_files), ([], all_files), (["--check"], 0), ([], 0)):
-        assert documentation.main([*arguments, "--root", str(tmp_path)]) == 0
+        assert installation.main([*arguments, "--root", str(tmp_path)]) == 0
         assert len(json.loads(capsys.readouterr().out)["files"]) == files
 
 
-def test_the_role_installs_every_program() -> None:
+def test_the_role_runs_the_installation() -> None:
     values = yaml.safe_load((ROLE / "vars" / "main.yml").read_text())
-    assert values["__host_commands"] == list(PROGRAMS)
-    assert values["__host_documentation"][-1] == "dm_remap.cli.documentation"
+    assert values["__host_installation"][-1] == "dm_remap.cli.installation"
 
 
 def test_the_role_s_variables_are_documented() -> None:

@@ -1,19 +1,13 @@
 # Copyright: dm_remap.storage contributors
 # GNU General Public License v3.0+ (see LICENSES/GPL-3.0-or-later.txt or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""Bash completion and manual pages, made from the parsers of the programs (pure but for `main`).
-
-The role `host` runs this module after it has installed the core.
-"""
+"""Bash completion and manual pages, made from the parsers of the programs (pure)."""
 
 from __future__ import annotations
 
 import argparse
-import json
-import os
 import re
-import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
 from .framework import (
     DEVICE,
@@ -27,8 +21,6 @@ from .framework import (
 )
 from .programs import PROGRAMS
 
-COMPLETIONS = "/usr/share/bash-completion/completions"
-MANUALS = "/usr/share/man/man8"
 SECTION = 8
 
 Parsers = dict[str, argparse.ArgumentParser]
@@ -276,58 +268,3 @@ def _section(words: str, command: Command, parser: argparse.ArgumentParser) -> l
     for paragraph in command.description:
         lines += [".PP", _roff(paragraph)]
     return [*lines, *_arguments(parser)]
-
-
-# Installation
-
-
-def documents() -> dict[str, str]:
-    """Every file that belongs to the programs, by its path."""
-    found = {}
-    for name, program in PROGRAMS.items():
-        found[f"{COMPLETIONS}/{name}"] = completion(program)
-        found[f"{MANUALS}/{name}.{SECTION}"] = manual(program)
-    return found
-
-
-def outdated(root: str = "") -> list[str]:
-    """Paths of the files that are missing or have another content, below ``root``."""
-    found = []
-    for path, text in documents().items():
-        try:
-            with open(root + path, encoding="utf-8", newline="") as stream:
-                same = stream.read() == text
-        except (OSError, ValueError):
-            same = False
-        if not same:
-            found.append(path)
-    return found
-
-
-def install(root: str = "") -> list[str]:
-    """Write what is outdated below ``root``; the paths."""
-    wanted = documents()
-    written = outdated(root)
-    for path in written:
-        place = root + path
-        os.makedirs(os.path.dirname(place), mode=0o755, exist_ok=True)
-        with open(place + ".new", "w", encoding="utf-8", newline="") as stream:
-            stream.write(wanted[path])
-        os.chmod(place + ".new", 0o644)
-        os.replace(place + ".new", place)
-    return written
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Install the files, or with ``--check`` only say which would be written."""
-    parser = argparse.ArgumentParser(description=main.__doc__)
-    parser.add_argument("--check", action="store_true")
-    parser.add_argument("--root", default="")
-    options = parser.parse_args(arguments)
-    files = outdated(options.root) if options.check else install(options.root)
-    sys.stdout.write(json.dumps({"files": files}) + "\n")
-    return 0
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())
