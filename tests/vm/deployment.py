@@ -13,6 +13,7 @@ import weakref
 from pathlib import Path
 
 from tests.lab import Machine
+from tests.lab.machine import SERVICES
 
 ROOT = Path(__file__).resolve().parents[2]
 COLLECTIONS = ROOT / ".build"
@@ -83,8 +84,11 @@ def deploy(lab: Machine, directory: Path) -> str:
 
 
 def ensure_deployed(lab: Machine, directory: Path) -> None:
-    """Boot the guest and install the daemon, unless that was done before."""
+    """Boot the guest, and install and start the daemon unless that was done before."""
     if not lab.running:
         lab.start()
-    if lab not in _deployed:
+    if lab in _deployed:
+        # The lab stops them where it cleans the guest.
+        lab.run(["systemctl", "start", *SERVICES], timeout=180)
+    else:
         deploy(lab, directory)
