@@ -19,6 +19,7 @@ import pytest
 from _pytest.mark.structures import ParameterSet
 
 from tests.lab import CommandFailed, Disk, LabError, Machine
+from tests.parameters import short_form
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -247,6 +248,7 @@ def test_a_power_cut_keeps_what_was_flushed(own: Machine) -> None:
     own.disk("kept").read(4096, 1)
 
 
+@pytest.mark.soak
 def test_a_shutdown_loses_nothing(own: Machine) -> None:
     own.disk("loses").write(64, PATTERN)
     own.restart()
@@ -279,7 +281,7 @@ if sys.argv[2] == "die":
 """
 
 
-@pytest.mark.parametrize("how", ["die", "exit"])
+@pytest.mark.parametrize("how", short_form(["die", "exit"], always=["die"]))
 def test_no_process_outlives_its_owner(lab_image: str, how: str) -> None:
     owner = subprocess.Popen(
         [sys.executable, "-c", OWNER, lab_image, how], cwd=ROOT, stdout=subprocess.PIPE, text=True
@@ -315,6 +317,7 @@ def lab_command(*words: str) -> subprocess.CompletedProcess[str]:
     )
 
 
+@pytest.mark.soak
 def test_the_command_line(lab_image: str) -> None:
     name = f"cli-{os.getpid()}"
     named = ("--name", name)
