@@ -1,7 +1,7 @@
 # GNU General Public License v3.0+ (see LICENSES/GPL-3.0-or-later.txt or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
 # Copyright: dm_remap.storage contributors
-"""Does steps on mapped devices and tells what the kernel shows after each of them.
+"""Does scenarios of steps on mapped devices and tells what the kernel shows after each step.
 
 A step comes with what is expected after it, only to know when there is nothing more to wait for;
 None where it is not looked at.
@@ -179,20 +179,38 @@ def in_kernel(thread: threading.Thread) -> bool:
         return True
 
 
+def zero(path: str, sectors: int) -> None:
+    """Overwrite a disk's beginning with zeroes."""
+    with BlockDevice(path, writable=True) as device:
+        device.write(0, bytes(512 * sectors))
+
+
+def observe(scenario: dict[str, Any]) -> list[dict[str, Any] | None]:
+    """Do a scenario's steps up to the first one that shows something else than expected."""
+    host = Host(scenario["disks"])
+    observed: list[dict[str, Any] | None] = []
+    try:
+        for step, expected in zip(scenario["steps"], scenario["expected"]):
+            result = host.do(*step)
+            observed.append(expected and host.watch(result, expected))
+            if observed[-1] != expected:
+                break
+    finally:
+        host.clean()
+    return observed
+
+
 given = arguments()
 for module in ("dm-multipath", "dm-round-robin", "dm-delay", "dm-integrity"):
     subprocess.run(["modprobe", module], check=True)
 # After every change of a device udev would read it, and so fail paths and use up delays.
 subprocess.run(["udevadm", "control", "--stop-exec-queue"], check=True)
-host = Host(given["disks"])
-observed: list[dict[str, Any] | None] = []
+found = []
 try:
-    for step, expected in zip(given["steps"], given["expected"]):
-        result = host.do(*step)
-        observed.append(expected and host.watch(result, expected))
-        if observed[-1] != expected:
-            break
+    for scenario in given["scenarios"]:
+        for path in scenario["disks"].values():
+            zero(path, given["sectors"])
+        found.append(observe(scenario))
 finally:
-    host.clean()
     subprocess.run(["udevadm", "control", "--start-exec-queue"], check=True)
-answer(observed)
+answer(found)
