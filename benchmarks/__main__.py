@@ -16,9 +16,15 @@ from tests.lab import Disk, Machine
 from tests.vm.guest import PLACE, Guest
 
 Row = tuple[str, list[float], float]
-PARTS = ("measure", "stack")
+PARTS = ("measure", "stack", "discovery")
 LATENCIES = ("0", "100 us", "5 ms")
 REMAPS = 10_000
+SPARES = 64
+MDADM = "mdadm --examine --scan"
+# A spare for each of the eight places of a target.
+TARGETS = 8
+CORE = Path(__file__).resolve().parents[1] / "plugins" / "module_utils"
+ENTRY = Path(__file__).resolve().parents[1] / "roles" / "host" / "files" / "dm-remap"
 
 
 def main() -> int:
@@ -35,14 +41,30 @@ def main() -> int:
     )
     parser.add_argument("--json", action="store_true", help="print what was measured as JSON")
     arguments = parser.parse_args()
+    parts = set(arguments.only or PARTS)
+    found: dict[str, Any] = {}
+    if parts - {"discovery"}:
+        found |= measure_target(arguments, parts)
+    if "discovery" in parts:
+        found["discovery"] = measure_discovery(arguments)
+    if arguments.json:
+        print(json.dumps(found))
+        return 0
+    reports = {"measure": report, "stack": report_stack, "discovery": report_discovery}
+    for name, lines in reports.items():
+        if name in found:
+            print("\n".join(lines(found[name])))
+    return 0
+
+
+def measure_target(arguments: argparse.Namespace, parts: set[str]) -> dict[str, Any]:
+    """What a target costs on one main and one spare."""
     disks = [Disk("main", size="256M"), Disk("spare", size="256M")]
-    parts = arguments.only or PARTS
     found: dict[str, Any] = {}
     with Machine(image=arguments.image, disks=disks, memory_mb=1536) as machine:
         guest = Guest(machine)
-        here = Path(__file__).parent
-        for name in PARTS:
-            machine.put(here / f"{name}.py", f"{PLACE}/programs/{name}.py")
+        for name in ("measure", "stack"):
+            put_program(machine, name)
         if "measure" in parts:
             found["measure"] = guest.call(
                 "measure",
@@ -58,13 +80,34 @@ def main() -> int:
                 remaps=REMAPS,
                 latencies=arguments.latency or LATENCIES,
             )
-    if arguments.json:
-        print(json.dumps(found))
-        return 0
-    for name, lines in (("measure", report), ("stack", report_stack)):
-        if name in found:
-            print("\n".join(lines(found[name])))
-    return 0
+    return found
+
+
+def measure_discovery(arguments: argparse.Namespace) -> dict[str, Any]:
+    """How long it takes to find what is on many devices."""
+    mains = [Disk(f"main{number}", size="8M", interface="scsi") for number in range(TARGETS)]
+    spares = [Disk(f"spare{number}", size="32M", interface="scsi") for number in range(SPARES)]
+    with Machine(image=arguments.image, disks=[*mains, *spares], memory_mb=1024) as machine:
+        guest = Guest(machine)
+        put_program(machine, "discovery")
+        # As the role installs it: compiled, because its entry point writes nothing.
+        machine.run("mkdir -p /usr/lib/dm-remap")
+        machine.put(CORE, "/usr/lib/dm-remap/dm_remap")
+        machine.run("python3 -m compileall -q /usr/lib/dm-remap")
+        for name in ("dm-remap", "dm-remap-discover"):
+            machine.write_file(f"/usr/sbin/{name}", ENTRY.read_bytes(), mode="0755")
+        return dict(
+            guest.call(
+                "discovery",
+                mains=[guest.path(disk.name) for disk in mains],
+                spares=[guest.path(disk.name) for disk in spares],
+                rounds=max(3, arguments.rounds // 4),
+            )
+        )
+
+
+def put_program(machine: Machine, name: str) -> None:
+    machine.put(Path(__file__).with_name(f"{name}.py"), f"{PLACE}/programs/{name}.py")
 
 
 def report_stack(found: dict[str, Any]) -> list[str]:
@@ -118,6 +161,34 @@ def report(found: dict[str, Any]) -> list[str]:
                 ("the whole task", "until the data is in place", "pause of the chunks"),
                 found["bulk"],
             )
+        ],
+    )
+    return lines
+
+
+def report_discovery(found: dict[str, Any]) -> list[str]:
+    """The tables of what finds its devices how fast, as lines."""
+    inventory, probe = found["inventory"], found["probe"]
+    whole = statistics.median(inventory["dm-remap-discover"])
+    one = statistics.median(probe["probe for metadata"])
+    lines = [f"Linux {found['kernel']}, times in ms; nothing of the devices is in memory"]
+    lines += table(
+        f"Inventory of {found['spares']} spares (ratio to dm-remap-discover)",
+        [
+            ("scan, in a Python that runs already", inventory["scan"], whole),
+            ("dm-remap-discover", inventory["dm-remap-discover"], whole),
+            *((name, inventory[name], whole) for name in ("blkid", "pvs", MDADM)),
+            ("pvs, as many physical volumes", found["own volumes"], whole),
+            ("mdadm, as many members of an array", found["own array"], whole),
+            ("a Python that does nothing", found["python"], whole),
+        ],
+    )
+    lines += table(
+        "One spare (ratio to the probe)",
+        [
+            *((name, times, one) for name, times in probe.items()),
+            ("pvs, a physical volume", found["own volume"], one),
+            ("mdadm --examine, a member", found["own member"], one),
         ],
     )
     return lines

@@ -24,7 +24,8 @@ def required() -> list[tuple[str, str, str]]:
             content = line.partition("#")[0].strip()
             match = REQUIREMENT.fullmatch(content)
             if match:
-                found.append((match.group(1), path.stem, match.group(2)))
+                versions = match.group(2).partition(";")[0].rstrip()
+                found.append((match.group(1), path.stem, versions))
     return found
 
 

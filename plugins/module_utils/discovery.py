@@ -692,7 +692,7 @@ class _Judge:
                 sum(e.length for e in metadata.extents if e.spare == index),
             )
             found.append(spare)
-            held = f"with {count_of(spare.chunks, 'remapped chunk')} that is nowhere else"
+            held = f"with {count_of(spare.chunks, 'remapped chunk')} on it only"
             self.note(
                 "missing_data" if spare.chunks else "missing_spare",
                 entry["uuid"],

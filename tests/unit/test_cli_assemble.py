@@ -5,13 +5,22 @@
 
 from __future__ import annotations
 
+import io
 import os
+import re
+import shutil
 from pathlib import Path
 
 import pytest
 
+from dm_remap.cli.framework import run
+from dm_remap.cli.programs import PROGRAMS
+from dm_remap.planner import Request, plan_present
+from dm_remap.salvage import Patience
 from tests.unit.cli_scene import Desk, Terminal, be_root_at_a_known_time, settled
-from tests.unit.fake_kernel import Process
+from tests.unit.drill_scene import CHUNK as DRILL_CHUNK
+from tests.unit.drill_scene import SECTORS, SPARE_SECTORS, Drill
+from tests.unit.fake_kernel import SECTOR, Kernel, Process
 from tests.unit.test_engine import CHUNK, NAME, make_scene
 
 
@@ -194,3 +203,51 @@ def test_nothing_found(tmp_path: Path) -> None:
     for line in ("dm-remap-discover", "dm-remap-reassemble --auto --yes"):
         done = desk.run(line)
         assert (settled(done.out), done.code) == ("no targets found\n", 0)
+
+
+# The documentation
+
+TOOLS = Path(__file__).resolve().parents[2] / "docs" / "tools.md"
+
+
+def two_targets(folder: Path) -> Desk:
+    """The disks of another host: a spare with damaged copies, and a target that lacks one."""
+    drill = Drill(Kernel(), folder)
+    for number, letter in enumerate("bcdefg", 2):
+        disk = drill.kernel.add_disk(f"sd{letter}", SECTORS if letter in "be" else SPARE_SECTORS)
+        disk.serial = f"S-{number}"
+    for name, main, spares, count in (
+        ("data", "/dev/sdb", ("/dev/sdc", "/dev/sdd"), 40),
+        ("logs", "/dev/sde", ("/dev/sdf", "/dev/sdg"), 24),
+    ):
+        engine = drill.engine()
+        request = Request(name, main, spares, DRILL_CHUNK * SECTOR, "fail", allocation="balanced")
+        engine.apply(plan_present(request, engine.see(name, main, spares)))
+        ranges = [(2 * chunk * DRILL_CHUNK, 1) for chunk in range(count)]
+        engine.remap(name, ranges, patience=Patience(backoff=0))
+        drill.kernel.flush(drill.kernel.mapped[name].devno)
+    drill.kernel.cut_power(drill.kernel.volatile())
+    shutil.rmtree(folder / "backup")
+    del drill.kernel.disks["/dev/sdg"]
+    damaged = drill.kernel.disks["/dev/sdc"]
+    damaged.fill(0, b"x" * SECTOR)
+    damaged.fill(1024 + 8, b"x" * SECTOR)
+    return Desk(drill)
+
+
+def test_the_documented_outputs_are_what_is_printed(tmp_path: Path) -> None:
+    desk = two_targets(tmp_path)
+    section = TOOLS.read_text().partition("\n## Discover and reassemble\n")[2]
+    section = section.partition("\n## ")[0]
+    shown = re.findall(r"```console\n# (.*)\n([^`]*)```", section)
+    assert [line.partition(" ")[0] for line, _text in shown] == [
+        "dm-remap-discover",
+        "dm-remap-reassemble",
+        "dm-remap-reassemble",
+    ]
+    for line, text in shown:
+        screen = io.StringIO()
+        program, *arguments = line.split()
+        run(PROGRAMS[program], arguments, desk.host(stdout=screen, stderr=screen))
+        printed = screen.getvalue().replace("(Fake,", "(EXAMPLE,")
+        assert settled(text) == settled(printed), line
