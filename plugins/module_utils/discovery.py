@@ -34,7 +34,8 @@ from .fingerprint import (
     unrelated,
     with_content,
 )
-from .format import SMALLEST_FAR_SECTORS, Diagnosis, Metadata
+from .format import Diagnosis, Metadata
+from .marks import SMALLEST_FAR_SECTORS
 
 # Devices that are read at once.
 WORKERS = 16
