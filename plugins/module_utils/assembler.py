@@ -141,8 +141,10 @@ class Computer:
             subprocess.run(["systemctl", "start", "--no-block", "--", *points], check=False)
 
 
-def _carried(survey: Survey) -> uuid.UUID | None:
+def _carried(survey: Survey | None) -> uuid.UUID | None:
     """Target of a header that is on a device, whole or of a newer format; or None."""
+    if survey is None:
+        return None
     named = [header.target_uuid for header in survey.headers]
     return next(iter([*named, *(target for target, _spare in survey.claims)]), None)
 
@@ -261,7 +263,8 @@ class Assembler:
         self._announce(
             (device.info, _carried(device.survey))
             for device in host.found
-            if device.survey is not None
+            # What was not read may be the spare that it is hidden as.
+            if device.survey or device.info.hidden != SPARE
         )
         config = self._configuration()
         if config is None:
