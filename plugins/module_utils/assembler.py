@@ -25,14 +25,13 @@ from .blockdev import DeviceInfo, Listed
 from .boot import Clocks, Decision, Situation, Step, decide
 from .cli.text import clean
 from .configuration import Configuration
-from .copies import Survey
 from .discovery import Discovery, Host, State, TargetFound
 from .engine import Engine
 from .errors import DmRemapError
 from .fingerprint import of_entry
 from .first_look import LASTING, PASSING
 from .format import Metadata
-from .hiding import SPARE, Known, Mains, role_of
+from .hiding import SPARE, Known, Mains, roles_of
 from .marks import UUID_PREFIX
 from .reflex import wake_up
 from .service import notify
@@ -141,14 +140,6 @@ class Computer:
             subprocess.run(["systemctl", "start", "--no-block", "--", *points], check=False)
 
 
-def _carried(survey: Survey | None) -> uuid.UUID | None:
-    """Target of a header that is on a device, whole or of a newer format; or None."""
-    if survey is None:
-        return None
-    named = [header.target_uuid for header in survey.headers]
-    return next(iter([*named, *(target for target, _spare in survey.claims)]), None)
-
-
 def _fstab() -> str:
     try:
         with open("/etc/fstab", encoding="utf-8", errors="surrogateescape") as file:
@@ -219,15 +210,11 @@ class Assembler:
             devices: each with the target whose metadata it carries.
         """
         known = [*self._lasting.all(), *self._passing.all()]
-        there = list(devices)
-        hidden = {info.devno: info.hidden for info, _carries in there}
         found = set()
-        for info, carries in there:
-            part_of = hidden.get(info.disk, "") if info.partition else ""
-            wanted = role_of(info, carries, known, part_of).kind
-            asked = (self._world.attachment_of(info.devno), wanted)
+        for info, role in roles_of(devices, known):
+            asked = (self._world.attachment_of(info.devno), role.kind)
             # Where udev does not do as it is told, asking again and again would never end.
-            if wanted != info.hidden and self._announced.get(info.devno) != asked:
+            if role.kind != info.hidden and self._announced.get(info.devno) != asked:
                 self._announced[info.devno] = asked
                 self._world.announce(info.devno)
                 found.add(info.devno)
@@ -261,7 +248,7 @@ class Assembler:
         found = host.decide()
         self._keep_mains(host, found)
         self._announce(
-            (device.info, _carried(device.survey))
+            (device.info, device.carries)
             for device in host.found
             # What was not read may be the spare that it is hidden as.
             if device.survey or device.info.hidden != SPARE

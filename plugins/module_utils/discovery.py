@@ -77,6 +77,14 @@ class Found:
         """The device's path, by which decisions name it."""
         return self.info.path
 
+    @property
+    def carries(self) -> uuid.UUID | None:
+        """Target of a header that is on it, whole or of a newer format; None without one."""
+        if self.survey is None:
+            return None
+        named = [header.target_uuid for header in self.survey.headers]
+        return next(iter([*named, *(target for target, _spare in self.survey.claims)]), None)
+
 
 @dataclass(frozen=True)
 class Problem:

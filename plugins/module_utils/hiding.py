@@ -13,7 +13,7 @@ from __future__ import annotations
 import json
 import os
 import uuid
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from .blockdev import DeviceInfo
@@ -145,6 +145,23 @@ def role_of(
     if carries:
         return Role("", reason=f"carries a copy of the metadata, but was used for {content} since")
     return Role("", reason="is neither a spare nor proved to be a main")
+
+
+def roles_of(
+    devices: Iterable[tuple[DeviceInfo, uuid.UUID | None]], mains: Sequence[Known]
+) -> list[tuple[DeviceInfo, Role]]:
+    """Decide for several devices, partitions by what udev hides their disks as.
+
+    Args:
+        devices: each with the target of a whole header that is on it.
+        mains: the mains that are known.
+    """
+    there = list(devices)
+    hidden = {info.devno: info.hidden for info, _carries in there}
+    return [
+        (info, role_of(info, carries, mains, hidden.get(info.disk, "") if info.partition else ""))
+        for info, carries in there
+    ]
 
 
 def properties_of(role: Role, links: Iterable[str]) -> Mapping[str, str]:

@@ -6,24 +6,32 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 import itertools
+import json
+import os
 import re
 import subprocess
 import sys
 import uuid
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from dm_remap import first_look, hiding
 from dm_remap.blockdev import DeviceInfo, Use, announce, doubt_about, info_in_event, is_held
+from dm_remap.cli.framework import Host, run
+from dm_remap.cli.programs import PROGRAMS
+from dm_remap.discovery import Found
+from dm_remap.discovery import Host as DiscoveryHost
 from dm_remap.fingerprint import of_info
 from dm_remap.format import Metadata, pack_slot, slot_sectors_of
 from dm_remap.hiding import Known, Mains, Role, properties_of, role_of
 from dm_remap.marks import UUID_PREFIX
 from tests.unit.copy_scene import SIZE, SPARES, TARGET
-from tests.unit.test_discovery import MAIN, MAIN_SECTORS, disk_info, first
+from tests.unit.test_discovery import MAIN, MAIN_SECTORS, disk_info, first, seen
 
 ROOT = Path(__file__).resolve().parents[2]
 DOC = ROOT / "docs" / "boot.md"
@@ -385,3 +393,50 @@ def test_a_device_is_held_by_our_mapped_devices_only(tmp_path: Path) -> None:
         (disk / "holders" / name / "dm").mkdir(parents=True)
         (disk / "holders" / name / "dm" / "uuid").write_text(volume)
         assert is_held("8:0", UUID_PREFIX, str(tmp_path)) == (name == "dm-1")
+
+
+# The command
+
+
+class FakeEngine:
+    """A host whose devices are given."""
+
+    def __init__(self, *found: Found) -> None:
+        self._found = found
+
+    def discover(self) -> DiscoveryHost:
+        return DiscoveryHost(self._found)
+
+    def check_host(self) -> None:
+        """Nothing is missing."""
+
+
+def run_hidden(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *found: Found) -> tuple[int, Any]:
+    monkeypatch.setattr(os, "geteuid", lambda: 0)
+    Mains(str(tmp_path / "mains")).set(KNOWN)
+    out = io.StringIO()
+    host = Host(
+        engine=lambda _progress: FakeEngine(*found),  # type: ignore[arg-type,return-value]
+        mains=[str(tmp_path / "mains")],
+        stdout=out,
+        stderr=io.StringIO(),
+    )
+    code = run(PROGRAMS["dm-remap"], ["hidden", "--json"], host)
+    return code, json.loads(out.getvalue())["devices"]
+
+
+def test_the_command_tells_what_is_hidden(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    devices = [
+        seen(replace(MAIN, hidden="main")),
+        seen(replace(PART, disk=MAIN.devno)),
+        seen(disk_info(6)),
+    ]
+    code, told = run_hidden(tmp_path, monkeypatch, *devices)
+    assert [(one["path"], one["role"], one["hidden"]) for one in told] == [
+        (MAIN.path, "main", "main"),
+        (PART.path, "main", ""),
+    ]
+    assert told[0]["target"] == "data"
+    # The partition is still shown.
+    assert code == 4
+    assert run_hidden(tmp_path, monkeypatch, devices[0], devices[2])[0] == 0
