@@ -157,6 +157,7 @@ class Assembler:
         say: takes a line for the log, with its level.
         clock: seconds that only rise.
         config: path of the configuration, which need not exist.
+        kept: folder of the backups.
         lasting: folder for the mains of the host's own targets.
         passing: folder for other mains that were found.
     """
@@ -168,6 +169,7 @@ class Assembler:
         say: Say,
         clock: Callable[[], float] = time.monotonic,
         config: str = configuration.PATH,
+        kept: str = backups.FOLDER,
         lasting: str = LASTING,
         passing: str = PASSING,
     ) -> None:
@@ -176,6 +178,7 @@ class Assembler:
         self._say = say
         self._clock = clock
         self._config = config
+        self._backups = backups.Backups(kept)
         self._lasting = Mains(lasting)
         self._passing = Mains(passing)
         self._clocks = Clocks(clock())
@@ -195,6 +198,7 @@ class Assembler:
         That happens where udev has looked at a main before its rule was there, as in an initial
         RAM disk.
         """
+        self._keep_own()
         if not self._lasting.all():
             return set()
         return self._announce(
@@ -220,21 +224,31 @@ class Assembler:
                 found.add(info.devno)
         return found
 
-    def _keep_mains(self, host: Host, found: Discovery) -> None:
-        """Keep who the mains are."""
-        try:
-            if not self._world.backups_wait_for():
-                own = [m for target, m in host.kept.items() if target not in host.removed]
-                self._lasting.set(known_of(metadata) for metadata in own)
-            lasting = {known.target for known in self._lasting.all()}
-            self._passing.set(
+    def _keep_own(self) -> None:
+        """Keep who the mains of the host's own targets are, as its backups tell."""
+        if self._world.backups_wait_for():
+            return
+        own = [one for one in self._backups.targets() if not self._backups.removed(one)]
+        newest = [self._backups.newest(target) for target in own]
+        self._keep(self._lasting, (known_of(metadata) for metadata in newest if metadata))
+
+    def _keep_others(self, found: Discovery) -> None:
+        """Keep who the mains of other targets are, as long as their spares are there."""
+        lasting = {known.target for known in self._lasting.all()}
+        self._keep(
+            self._passing,
+            (
                 known_of(target.metadata)
                 for target in found.targets
                 if target.metadata and target.main and target.uuid not in lasting
                 if not any(problem.code == "removed" for problem in target.problems)
-            )
+            ),
+        )
+
+    def _keep(self, mains: Mains, wanted: Iterable[Known]) -> None:
+        try:
+            mains.set(wanted)
         except OSError as error:
-            # The root file system is read-only for a while at boot.
             self._tell("", Step.WAIT, f"mains cannot be kept: {error}", WARNING)
 
     # Assembling
@@ -246,7 +260,8 @@ class Assembler:
         """
         host = self._engine.discover()
         found = host.decide()
-        self._keep_mains(host, found)
+        self._keep_own()
+        self._keep_others(found)
         self._announce(
             (device.info, device.carries)
             for device in host.found
@@ -385,6 +400,9 @@ class Assembler:
     def concerns(self, events: Sequence[Event]) -> bool:
         """Whether something has happened that may change what was decided."""
         if self.needs_mounts and any(event.action == MOUNT for event in events):
+            return True
+        # While a main is being replaced, there is one more.
+        if any(event.volume.endswith(stack.new_main_name("")) for event in events):
             return True
         if any(self._is_of_a_disk(event) for event in events):
             return True
