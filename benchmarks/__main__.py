@@ -24,7 +24,6 @@ MDADM = "mdadm --examine --scan"
 # A spare for each of the eight places of a target.
 TARGETS = 8
 CORE = Path(__file__).resolve().parents[1] / "plugins" / "module_utils"
-ENTRY = Path(__file__).resolve().parents[1] / "roles" / "host" / "files" / "dm-remap"
 
 
 def main() -> int:
@@ -94,8 +93,8 @@ def measure_discovery(arguments: argparse.Namespace) -> dict[str, Any]:
         machine.run("mkdir -p /usr/lib/dm-remap")
         machine.put(CORE, "/usr/lib/dm-remap/dm_remap")
         machine.run("python3 -m compileall -q /usr/lib/dm-remap")
-        for name in ("dm-remap", "dm-remap-discover"):
-            machine.write_file(f"/usr/sbin/{name}", ENTRY.read_bytes(), mode="0755")
+        install = ["python3", "-m", "dm_remap.cli.installation"]
+        machine.run(["env", "PYTHONPATH=/usr/lib/dm-remap", *install])
         return dict(
             guest.call(
                 "discovery",

@@ -17,9 +17,10 @@ import yaml
 from lay_out_collection import BUILD, COPY, ROOT
 
 CORE = (
-    "blockdev cli/documentation cli/installation cli/programs configuration copies devmapper dumps "
-    "engine errors ext extents files format freezing hasty healed healer ladder lookup mapping "
-    "mending mounted planner pool reflex replacement replacing salvage sizes stack xfs"
+    "assembler blockdev boot cli/documentation cli/installation cli/programs configuration copies "
+    "devmapper dumps engine errors ext extents files first_look format freezing fstab hasty healed "
+    "healer hiding ladder lookup mapping marks mending mounted planner pool reflex replacement "
+    "replacing salvage sizes stack udev xfs"
 ).split()
 GATE_SECONDS = 300
 

@@ -392,7 +392,7 @@ class Report:
         }
 
 
-def assemble(engine: Engine, order: Order, check: bool = False) -> Report:
+def assemble(engine: Engine, order: Order, check: bool = False, host: Host | None = None) -> Report:
     """Assemble what an order is about, each target for itself.
 
     A target that is refused or fails does not keep the others from being assembled.
@@ -401,12 +401,13 @@ def assemble(engine: Engine, order: Order, check: bool = False) -> Report:
         engine: the host.
         order: what is wanted.
         check: plan only.
+        host: what was found just now; None looks.
 
     Raises:
         Refused: nothing tells of what was asked for.
         DmRemapError: the host cannot be looked at.
     """
-    chosen = choose(engine.discover(), order, engine.devno_of)
+    chosen = choose(host or engine.discover(), order, engine.devno_of)
     results = tuple(
         _assemble_one(engine, target, order, chosen.overrides, check) for target in chosen.targets
     )

@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import errno
 import fcntl
 import json
@@ -20,6 +19,7 @@ from dataclasses import dataclass
 
 from . import kernel_v4
 from .errors import DmRemapError, Refused
+from .marks import MAGIC
 
 SECTOR_BYTES = 512
 
@@ -34,7 +34,6 @@ _IOPRIO_WHO_PROCESS, _IOPRIO_CLASS_IDLE = 1, 3
 
 _BUFFER_BYTES = 1 << 20
 
-OWN_MAGIC = b"DMREMAP4"
 OWN_SIGNATURE = "dm_remap.storage spare"
 
 _UDEV_DATABASE = "/run/udev/data"
@@ -44,11 +43,15 @@ _MADE_OF_MEMORY = ("ram", "zram")
 
 @dataclass(frozen=True)
 class Use:
-    """One use of a device: ``part`` (it or a partition or disk of it) is ``kind`` ``by``."""
+    """One use of a device: ``part`` (it or a partition or disk of it) is ``kind`` ``by``.
+
+    ``uuid`` is that of the mapped device which holds it, or "".
+    """
 
     part: str
     kind: str
     by: str
+    uuid: str = ""
 
     def __str__(self) -> str:
         return f"{self.part} is {self.kind} {self.by}"
@@ -89,6 +92,7 @@ class DeviceInfo:
     table_type: str = ""
     table_uuid: str = ""
     content: tuple[tuple[str, str], ...] = ()
+    hidden: str = ""
 
     @property
     def block_sectors(self) -> int:
@@ -211,6 +215,9 @@ def idle_priority() -> Iterator[None]:
     if number is None:
         yield
         return
+    # Not above, because udev forbids its programs what this needs.
+    import ctypes
+
     library = ctypes.CDLL(None, use_errno=True)
     library.syscall(number, _IOPRIO_WHO_PROCESS, 0, _IOPRIO_CLASS_IDLE << 13)
     try:
@@ -298,10 +305,12 @@ def _info(
         volume=_read(whole, "dm/uuid") or database.get("MD_UUID", ""),
         partition=int(_read(folder, "partition") or 0) if whole != folder else 0,
         partuuid=database.get("ID_PART_ENTRY_UUID", "") if whole != folder else "",
-        fs_type=database.get("ID_FS_TYPE", ""),
-        fs_uuid=database.get("ID_FS_UUID", ""),
+        # What hides a device takes these away, and keeps what they were.
+        fs_type=database.get("DM_REMAP_FS_TYPE") or database.get("ID_FS_TYPE", ""),
+        fs_uuid=database.get("DM_REMAP_FS_UUID") or database.get("ID_FS_UUID", ""),
         table_type=database.get("ID_PART_TABLE_TYPE", ""),
         table_uuid=database.get("ID_PART_TABLE_UUID", ""),
+        hidden=database.get("DM_REMAP_ROLE", ""),
     )
 
 
@@ -351,23 +360,83 @@ def list_devices(without: str, sysfs: str = "/sys", udev: str = _UDEV_DATABASE) 
         # A path below a multipath of the NVMe driver has no node.
         if not sectors or mapped.startswith(without) or _read(folder, "hidden") == "1":
             continue
-        whole = _whole(folder)
-        queue = os.path.join(whole, "queue")
-        sizes = (
-            sectors,
-            int(_read(queue, "logical_block_size") or SECTOR_BYTES),
-            int(_read(queue, "physical_block_size") or SECTOR_BYTES),
-        )
         node = "/dev/" + name.replace("!", "/")
         database = _udev_database(_read(folder, "dev"), udev)
+        used = _users(folder, _whole(folder), mounted, swapped)
         yield Listed(
-            _info(node, folder, database, sizes, _users(folder, whole, mounted, swapped)),
+            _info(node, folder, database, _sizes(folder), used),
             tuple(
                 _read(os.path.join(folder, "holders", holder), "dev")
                 for holder in _list(os.path.join(folder, "holders"))
             ),
             suspended=_read(folder, "dm/suspended") == "1",
         )
+
+
+def _sizes(folder: str) -> tuple[int, int, int]:
+    """Sectors, and bytes of a logical and of a physical block, by a device's folder in sysfs."""
+    queue = os.path.join(_whole(folder), "queue")
+    return (
+        int(_read(folder, "size") or 0),
+        int(_read(queue, "logical_block_size") or SECTOR_BYTES),
+        int(_read(queue, "physical_block_size") or SECTOR_BYTES),
+    )
+
+
+def info_in_event(properties: Mapping[str, str], sysfs: str = "/sys") -> DeviceInfo:
+    """Describe the device that udev's rules are looking at, without opening it.
+
+    Args:
+        properties: the event's, with at least DEVNAME, MAJOR and MINOR.
+        sysfs: where sysfs is mounted.
+    """
+    devno = f"{properties['MAJOR']}:{properties['MINOR']}"
+    folder = os.path.realpath(os.path.join(sysfs, "dev/block", devno))
+    used = _users(folder, _whole(folder), _mounts(), _swaps())
+    return _info(properties["DEVNAME"], folder, properties, _sizes(folder), used)
+
+
+def doubt_about(devno: str, udev: str = _UDEV_DATABASE) -> str:
+    """Why a device is not to be used yet without being asked to; "" if nothing speaks against it.
+
+    Args:
+        devno: device number `major:minor`.
+        udev: folder of udev's database.
+    """
+    database = _udev_database(devno, udev)
+    if not database:
+        return "is not known to udev yet"
+    if database.get("DM_MULTIPATH_DEVICE_PATH") == "1":
+        return "is a path of a multipath device"
+    return ""
+
+
+def is_held(devno: str, by: str, sysfs: str = "/sys") -> bool:
+    """Whether a mapped device stands on a device.
+
+    Args:
+        devno: device number `major:minor`.
+        by: what the mapped device's UUID starts with.
+        sysfs: where sysfs is mounted.
+    """
+    holders = os.path.join(sysfs, "dev/block", devno, "holders")
+    return any(
+        _read(os.path.join(holders, one), "dm/uuid").startswith(by) for one in _list(holders)
+    )
+
+
+def announce(devno: str, sysfs: str = "/sys") -> None:
+    """Let udev look at a device and its partitions again; one that is gone needs none.
+
+    Args:
+        devno: device number `major:minor`.
+        sysfs: where sysfs is mounted.
+    """
+    folder = os.path.join(sysfs, "dev/block", devno)
+    parts = [name for name in _list(folder) if _is_partition(os.path.join(folder, name))]
+    for place in (folder, *(os.path.join(folder, name) for name in parts)):
+        with contextlib.suppress(OSError), open(os.path.join(place, "uevent"), "w") as file:
+            file.write("change")
 
 
 def attachment_of(devno: str, sysfs: str = "/sys", udev: str = _UDEV_DATABASE) -> tuple[str, int]:
@@ -455,7 +524,7 @@ def signatures(path: str) -> list[str]:
                 device=path,
                 remedy="use another device",
             ) from error
-        if start.startswith(OWN_MAGIC):
+        if start.startswith(MAGIC):
             found.append(OWN_SIGNATURE)
         elif _kernel_target_copies(device):
             found.append(kernel_v4.SIGNATURE)
@@ -570,8 +639,9 @@ def _users(
         if devno in swapped:
             used.append(Use(name, "in use as", "swap"))
         for holder in _list(os.path.join(part, "holders")):
-            label = _read(os.path.join(part, "holders", holder, "dm"), "name") or holder
-            used.append(Use(name, "held by", label))
+            mapped = os.path.join(part, "holders", holder, "dm")
+            label = _read(mapped, "name") or holder
+            used.append(Use(name, "held by", label, _read(mapped, "uuid")))
     return used
 
 
@@ -600,6 +670,11 @@ def _mounts() -> dict[str, list[str]]:
             fields = line.split()
             found.setdefault(fields[2], []).append(fields[4])
     return found
+
+
+def mount_points() -> set[str]:
+    """The mount points of this process's file systems, escaped as in proc(5)."""
+    return {point for points in _mounts().values() for point in points}
 
 
 def _swaps() -> set[str]:

@@ -66,14 +66,26 @@ class Entry:
 
 @dataclass(frozen=True)
 class Configuration:
-    """A file without faults: its path, and its targets in their order."""
+    """A file without faults.
+
+    Args:
+        path: its path.
+        entries: its targets in their order.
+        assembly: how targets are assembled at boot that it does not name.
+    """
 
     path: str
     entries: tuple[Entry, ...]
+    assembly: Assembly = Assembly()
 
     def entry(self, name: str) -> Entry | None:
         """The entry of a target, or None."""
         return next((entry for entry in self.entries if entry.request.name == name), None)
+
+    def assembly_of(self, name: str) -> Assembly:
+        """How a target is assembled at boot."""
+        entry = self.entry(name)
+        return entry.assembly if entry else self.assembly
 
 
 @dataclass(frozen=True, order=True)
@@ -200,7 +212,7 @@ def parse(raw: bytes, path: str = PATH) -> Configuration:
     entries = reader.file(document) if document is not None else ()
     if reader.faults:
         raise BadConfiguration(path, reader.faults)
-    return Configuration(path, entries)
+    return Configuration(path, entries, reader.common)
 
 
 # Text to nodes
@@ -292,6 +304,7 @@ class _Reader:
 
     def __init__(self) -> None:
         self.faults: list[Fault] = []
+        self.common = Assembly()
         self._names: dict[str, int] = {}
         self._devices: dict[str, str] = {}
 
@@ -305,12 +318,12 @@ class _Reader:
         values = self.mapping(document, "the file", _FILE_KEYS)
         if values is None:
             return ()
-        common = self.assembly(values.get("assemble"), Assembly())
+        self.common = self.assembly(values.get("assemble"), Assembly())
         if "targets" not in values:
             self.fault(document, "the file has no targets", "write targets: [] for none")
             return ()
         items = self.items(values["targets"], "targets") or ()
-        entries = [self.entry(item, common) for item in items]
+        entries = [self.entry(item, self.common) for item in items]
         return tuple(entry for entry in entries if entry)
 
     def entry(self, node: Any, common: Assembly) -> Entry | None:

@@ -24,11 +24,8 @@ from .format import (
     FAR_MIDDLE,
     HEADER_BYTES,
     HEADER_SECTORS,
-    MAGIC,
     MAX_HISTORY,
-    NEAR_SECTORS,
     NO_DIGEST,
-    SECTOR_BYTES,
     Copy,
     Diagnosis,
     Header,
@@ -41,6 +38,7 @@ from .format import (
     unpack_header,
     unpack_slot,
 )
+from .marks import MAGIC, NEAR_SECTORS, SECTOR_BYTES
 
 # Even near copies are overwritten last.
 EVEN_COPIES = frozenset({0, 2, 4})

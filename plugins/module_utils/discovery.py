@@ -34,7 +34,8 @@ from .fingerprint import (
     unrelated,
     with_content,
 )
-from .format import SMALLEST_FAR_SECTORS, Diagnosis, Metadata
+from .format import Diagnosis, Metadata
+from .marks import SMALLEST_FAR_SECTORS
 
 # Devices that are read at once.
 WORKERS = 16
@@ -75,6 +76,14 @@ class Found:
     def path(self) -> str:
         """The device's path, by which decisions name it."""
         return self.info.path
+
+    @property
+    def carries(self) -> uuid.UUID | None:
+        """Target of a header that is on it, whole or of a newer format; None without one."""
+        if self.survey is None:
+            return None
+        named = [header.target_uuid for header in self.survey.headers]
+        return next(iter([*named, *(target for target, _spare in self.survey.claims)]), None)
 
 
 @dataclass(frozen=True)

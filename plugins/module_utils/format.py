@@ -22,22 +22,26 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from .errors import DmRemapError, Refused
+from .marks import (
+    FIRST_FREE_SECTOR,
+    MAGIC,
+    NEAR_SECTORS,
+    SECTOR_BYTES,
+    SLOT_SECTORS,
+    SMALLEST_FAR_SECTORS,
+    far_sectors,
+)
 
 if TYPE_CHECKING:
     from typing import TypeGuard
 
-SECTOR_BYTES = 512
-SLOT_SECTORS = 1024
 HEADER_BYTES = 4096
 HEADER_SECTORS = HEADER_BYTES // SECTOR_BYTES
 BODY_MAX = 508 * 1024
-NEAR_SECTORS = (0, 1024, 2048, 4096, 8192)
-FIRST_FREE_SECTOR = 16384
 COPIES = 7
 FAR_MIDDLE = 5
 FAR_END = 6
 
-MAGIC = b"DMREMAP4"
 MAJOR = 1
 MINOR = 0
 # Bits of the header's features: what a reader must know to find the data.
@@ -51,8 +55,6 @@ MAX_CHUNK_SECTORS = 2048
 MAX_GENERATION = 2**63 - 1
 # 2^64 bytes: no block device has more sectors than this.
 MAX_SECTORS = 2**55
-# Below this, the far middle copy would lie among the near ones.
-SMALLEST_FAR_SECTORS = 2 * FIRST_FREE_SECTOR
 NO_DIGEST = bytes(32)
 
 # Name, struct code. Little-endian, packed in this order; the rest of HEADER_BYTES is zero.
@@ -276,9 +278,7 @@ def slot_sectors_of(spare: Geometry | int) -> tuple[int, ...]:
     sectors = spare.spare_sectors if isinstance(spare, Geometry) else spare
     if not SMALLEST_FAR_SECTORS <= sectors <= MAX_SECTORS:
         raise ValueError(f"a device of {sectors} sectors has no room for far copies")
-    middle = sectors // 2 // SLOT_SECTORS * SLOT_SECTORS
-    end = (sectors // SLOT_SECTORS - 1) * SLOT_SECTORS
-    return (*NEAR_SECTORS, middle, end)
+    return (*NEAR_SECTORS, *far_sectors(sectors))
 
 
 def _lay_out(spare_sectors: int, chunk_sectors: int, block_sectors: int) -> Geometry:

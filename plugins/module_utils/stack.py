@@ -20,10 +20,11 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
+from . import marks
 from .devmapper import Segment
 from .format import MAX_SPARES
 
-UUID_PREFIX = "DMREMAP-"
+UUID_PREFIX = marks.UUID_PREFIX
 TARGET_UUID = re.compile(re.escape(UUID_PREFIX) + r"([0-9a-f]{32})\Z")
 
 # Sectors of a segment that carries no data: it hands flushes to the device below.

@@ -40,7 +40,7 @@ BOOT_FAILURES = ("Kernel panic - not syncing", "(initramfs) ", "You are in emerg
 COMMAND_SECONDS = 300.0
 
 # What the role installs, and reset() stops unless told otherwise.
-SERVICES = ("dm-remap-healer.service", "dm-remapd.service")
+SERVICES = ("dm-remap-assemble.service", "dm-remap-healer.service", "dm-remapd.service")
 
 # What the guest is left without by reset(): anything mounted under /mnt, and all of
 # device-mapper. Suspended devices are resumed and multipath stops queueing first, because
@@ -642,6 +642,17 @@ class Machine:
             known = ", ".join(self.disks) or "none"
             raise LabError(f"machine {self.name} has no disk {name!r}; it has: {known}")
         return self.disks[name]
+
+    def change_disks(self, specs: Iterable[Disk]) -> None:
+        """Give the machine, which must not run, these disks for its next boot in place of all."""
+        if self.running:
+            raise LabError(f"machine {self.name} runs: shut it down, or attach and detach disks")
+        for disk in self.disks.values():
+            disk.end_server()
+        self.disks.clear()
+        for spec in specs:
+            self._add_disk(spec, extra=False)
+        self.save()
 
     def attach(self, spec: Disk) -> GuestDisk:
         """Plug in a disk while the guest runs, and wait for the guest to see it (not ide)."""

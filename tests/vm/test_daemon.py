@@ -18,6 +18,8 @@ from tests.parameters import short_form
 from tests.vm.conftest import DISKS
 from tests.vm.deployment import ensure_deployed
 
+pytestmark = pytest.mark.installs
+
 DM_UUID = "DMREMAP-0123456789abcdef0123456789abcdef"
 
 

@@ -8,8 +8,12 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import pytest
+
 from tests.lab import Disk
 from tests.vm.test_healer import FILLED, Guest, guest, installed
+
+pytestmark = pytest.mark.installs
 
 __all__ = ["guest", "installed"]
 

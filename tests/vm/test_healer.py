@@ -16,6 +16,8 @@ from tests.vm.conftest import DISKS
 from tests.vm.deployment import ensure_deployed
 from tests.vm.test_daemon import Guest as DaemonGuest
 
+pytestmark = pytest.mark.installs
+
 # Makes a target that holds its errors, as the module `target` does.
 CREATE = """
 import sys

@@ -20,6 +20,8 @@ from tests.vm.deployment import ensure_deployed
 from tests.vm.images import digests
 from tests.vm.playing import ModuleRunner, Step
 
+pytestmark = pytest.mark.installs
+
 NAME = "data"
 TIMEOUT = 300.0
 

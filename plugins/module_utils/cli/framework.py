@@ -24,6 +24,7 @@ from typing import IO, Any, Callable, NoReturn
 from .. import backups, configuration
 from ..engine import Engine
 from ..errors import DmRemapError, Refused
+from ..first_look import FOLDERS
 from .text import clean
 
 # Version of what --json prints: it rises when a key changes its meaning or goes away.
@@ -85,6 +86,7 @@ class Host:
         engine: makes the engine, with a function that takes sentences about what begins.
         backup_dir: folder of the metadata backups.
         journal: the daemon's journal.
+        mains: folders of the mains that are known.
         log: takes a sentence for the system's log, which has what was changed.
         stdin, stdout, stderr: the standard streams.
     """
@@ -94,6 +96,7 @@ class Host:
         engine: Callable[[Callable[[str], None]], Engine] | None = None,
         backup_dir: str = backups.FOLDER,
         journal: str = JOURNAL,
+        mains: Sequence[str] = FOLDERS,
         log: Callable[[str], None] = syslog.syslog,
         stdin: IO[str] | None = None,
         stdout: IO[str] | None = None,
@@ -102,6 +105,7 @@ class Host:
         self._make_engine = engine or (lambda progress: Engine(guard=True, progress=progress))
         self.backups = backups.Backups(backup_dir)
         self.journal = journal
+        self.mains = mains
         self.log = log
         self.stdin = stdin or sys.stdin
         self.stdout = stdout or sys.stdout
