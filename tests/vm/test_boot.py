@@ -20,8 +20,8 @@ from typing import Any
 import pytest
 
 from tests.lab import Disk, Machine
+from tests.vm.deployment import deploy
 from tests.vm.playing import ModuleRunner, Step
-from tests.vm.test_daemon import deploy
 
 UUID = "3c5e4f70-8f0e-4cf5-9ec7-2f0d0b6c3a41"
 PLACE = "/srv/data"
