@@ -1669,7 +1669,7 @@ class Engine:
 
     def _do_thaw(self, plan: Plan, action: planner.Action) -> None:
         given_up = action.details.get("without", ())
-        self._end_freeze(plan.name, set(range(MAX_SPARES)).difference(given_up))
+        self._end_freeze(plan.name, set(range(MAX_SPARES)).difference(given_up), parting=True)
 
     def _do_tidy(self, plan: Plan, action: planner.Action) -> None:
         target = self.require(plan.name)
@@ -2648,12 +2648,15 @@ class Engine:
         except DmRemapError:
             return True
 
-    def _end_freeze(self, name: str, members: Collection[int] | None = None) -> None:
+    def _end_freeze(
+        self, name: str, members: Collection[int] | None = None, parting: bool = False
+    ) -> None:
         """End a freeze that was interrupted, as the metadata on the spares has it.
 
         Args:
             name: the target.
             members: indexes of the spares that a commit may have been begun on; None for all.
+            parting: spares that the metadata notes as missing, by the user's word, hinder nothing.
         """
         try:
             target = self.require(name)
@@ -2668,9 +2671,12 @@ class Engine:
                 for s in target.lost_spares
                 for chunk in planner.chunks_on(target.metadata, s.index)
             }
-            if hiding and not lost.issuperset(chunks):
-                # A newer generation may be there, and would later show the chunks' old data. What
-                # is on a lost spare shows none.
+            # What is on a lost spare shows no old data.
+            doubtful = bool(hiding) and not lost.issuperset(chunks)
+            if doubtful and parting and all(planner.is_noted(target.metadata, i) for i in hiding):
+                target = self._part_from_missing(target)
+            elif doubtful:
+                # A newer generation may be there, and would later show the chunks' old data.
                 raise DmRemapError(
                     f"spares {hiding} cannot be read, and may have a newer generation that says "
                     f"where chunks {chunks} are",
@@ -2689,6 +2695,17 @@ class Engine:
         except BaseException:
             self._fail_frozen(name)
             raise
+
+    def _part_from_missing(self, target: ActiveTarget) -> ActiveTarget:
+        """Commit a generation without the missing spares; the target with it.
+
+        Should one of them carry a generation that nobody else has, it is another history from now
+        on, and is refused when it comes back.
+        """
+        self._repair_all(target)
+        target = self.require(target.name)
+        self._commit_alone(target, self.successor(target.metadata))
+        return self.require(target.name)
 
     def _repair_all(self, target: ActiveTarget) -> None:
         """Bring all spares to the chosen generation, or at least one.

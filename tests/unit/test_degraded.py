@@ -24,7 +24,7 @@ from dm_remap.backups import Backups
 from dm_remap.copies import SplitBrain
 from dm_remap.engine import Engine
 from dm_remap.errors import DmRemapError, Refused
-from dm_remap.format import MAX_HISTORY, geometry_of, minimum_spare_sectors, slot_sectors_of
+from dm_remap.format import MAX_HISTORY, Extent, geometry_of, minimum_spare_sectors, slot_sectors_of
 from dm_remap.planner import (
     ActiveTarget,
     Plan,
@@ -568,6 +568,53 @@ def test_a_crash_anywhere_in_a_return(
         assert target_of(killed).certain, crash.label
         killed.create()
         check(killed, on, away, crash.label)
+
+
+@pytest.mark.parametrize("on_error", POLICIES)
+def test_a_crash_anywhere_in_a_remap_beside_a_missing_spare(tmp_path: Path, on_error: str) -> None:
+    scene = having(stopped(tmp_path, on_error), [0, 2])
+    activate(scene)
+    on = chunks_of(scene)
+    scene.spoil(121)
+    found = crashes_of(scene, lambda engine: scene.remap((120, 1), engine=engine))
+    assert len(found) > 10
+    for crash in found:
+        killed = copy_of(crash.scene, crash.scene.folder / "killed")
+        killed.remap((120, 1))
+        now = chunks_of(killed)
+        assert now.pop(120 // CHUNK) in (0, 2), crash.label
+        assert now == on, crash.label
+        check(killed, now, (1,), crash.label)
+
+
+def test_what_a_missing_spare_may_know_of_an_interrupted_remap_never_counts_later(
+    tmp_path: Path,
+) -> None:
+    """It took a commit that brought it back and the next one, and nobody else took either."""
+    scene = having(stopped(tmp_path), [0, 2])
+    activate(scene)
+    known = target_of(scene).metadata
+    frozen = next(
+        crash.scene
+        for crash in crashes_of(scene, lambda engine: scene.remap((120, 1), engine=engine))
+        if target_of(crash.scene).frozen
+    )
+    config = planner.with_notes(known, ()).config
+    back = known.successor(known.timestamp_ns + 1, config=config)
+    place = max(e.physical + e.length for e in known.extents if e.spare == 1)
+    extents = (*back.extents, Extent(120 // CHUNK, 1, 1, place))
+    ahead = back.successor(known.timestamp_ns + 2, extents=extents)
+    with Process(frozen.kernel).blocks.BlockDevice("/dev/spare1", writable=True) as device:
+        copies.commit({1: device}, None, back, stale={1})
+        copies.commit({1: device}, back, ahead)
+    frozen.engine().apply(planner.plan_upkeep(target_of(frozen)))
+    frozen.app.write(frozen.kernel, 121)
+    frozen.app.flush(frozen.kernel)
+    frozen.kernel.cut_power(frozen.kernel.volatile())
+    with pytest.raises(SplitBrain):
+        having(frozen, rest(()), degraded=False).plan()
+    activate(frozen)
+    check(frozen, chunks_of(scene), (1,))
 
 
 # Restoration
