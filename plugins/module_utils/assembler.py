@@ -393,7 +393,9 @@ class Assembler:
             for name, (step, text) in sorted(self._told.items())
             if name and step in (Step.WAIT, Step.GIVE_UP) and name not in self._active
         ]
-        notify("STATUS=" + ("; ".join(open_ones) or "nothing to wait for"))
+        status = clean("; ".join(open_ones)) or "nothing to wait for"
+        # A model's name may be of any characters.
+        notify("STATUS=" + status.encode("ascii", "backslashreplace").decode("ascii"))
 
     # Events
 

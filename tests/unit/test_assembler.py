@@ -546,3 +546,12 @@ def test_events_of_what_is_in_use_are_no_news(scene: Scene) -> None:
     assert concerns([Event("", "", "")])
     scene.stop("alpha")
     assert concerns([Event("remove", "253:9", own)])
+
+
+def test_the_status_is_told_in_ascii(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[str] = []
+    monkeypatch.setattr("dm_remap.assembler.notify", told.append)
+    scene.configure('targets:\n- {name: lost, main: "/dev/x", spares: [/dev/y]}\n')
+    scene.drill.kernel.add_disk("blank", 8)
+    scene.look(1.0)
+    assert told == ["STATUS=lost waiting: no device tells of it"]

@@ -95,7 +95,7 @@ class Host:
     def boot(self, order: list[str], buses: Mapping[str, str]) -> None:
         """Boot with these disks, in this order on these buses."""
         if self.machine.running:
-            self.machine.shutdown()
+            self.machine.shutdown(timeout=600)
         self.buses.update(buses)
         self.machine.change_disks(self.disk(name) for name in order)
         self.machine.start()
