@@ -212,9 +212,8 @@ def check_boots(host: Host, seeds: range) -> None:
         host.mark(f"boot-{seed}")
 
 
-@pytest.mark.core
 def test_the_target_is_mounted_by_uuid_at_each_boot(host: Host) -> None:
-    check_boots(host, range(3))
+    check_boots(host, range(2))
 
 
 def test_a_missing_spare_is_waited_for_and_its_hot_plug_mounts(host: Host) -> None:
@@ -232,6 +231,7 @@ def test_a_missing_spare_is_waited_for_and_its_hot_plug_mounts(host: Host) -> No
     host.check_mounted()
 
 
+@pytest.mark.soak
 def test_the_main_alone_is_hidden_and_waits_for_its_spares(host: Host) -> None:
     host.configure(PATIENT)
     host.boot(["main", "bystander"], dict.fromkeys(SIZES, "virtio"))
@@ -244,6 +244,7 @@ def test_the_main_alone_is_hidden_and_waits_for_its_spares(host: Host) -> None:
     host.check_mounted()
 
 
+@pytest.mark.soak
 def test_degraded_is_allowed_after_the_timeout(host: Host) -> None:
     host.configure(SHORT % "allowed")
     order, buses = shuffled(101)
@@ -254,6 +255,7 @@ def test_degraded_is_allowed_after_the_timeout(host: Host) -> None:
     host.check_hidden("main", "spare0")
 
 
+@pytest.mark.soak
 def test_a_removed_target_shows_its_main(host: Host) -> None:
     check_boots(host, range(200, 201))
     host.sh(f"umount {PLACE}")
