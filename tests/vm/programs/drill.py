@@ -3,8 +3,8 @@
 # Copyright: dm_remap.storage contributors
 """Writes targets, or reads them, chunk by chunk: digests, and null for what gives an error.
 
-Arguments: ``write``, with the targets' names and the chunks of each that are written (all if they
-are null), and a number that makes the data; ``read``, names of targets that are read whole.
+Arguments: ``write``, with the targets' names and the chunks of each that are written, and a number
+that makes the data; ``read``, names of targets that are read whole.
 """
 
 from __future__ import annotations
@@ -22,10 +22,13 @@ def data_of(name: str, chunk: int, version: int) -> bytes:
     return hashlib.sha512(seed).digest() * (CHUNK // 64)
 
 
-def write(name: str, chunks: list[int] | None, version: int) -> None:
+def digest_of(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()[:16]
+
+
+def write(name: str, chunks: list[int], version: int) -> None:
     device = os.open(f"/dev/mapper/{name}", os.O_RDWR)
-    size = os.lseek(device, 0, os.SEEK_END)
-    for chunk in range(size // CHUNK) if chunks is None else chunks:
+    for chunk in chunks:
         assert os.pwrite(device, data_of(name, chunk, version), chunk * CHUNK) == CHUNK
     os.fsync(device)
     os.close(device)
@@ -40,7 +43,7 @@ def read(name: str) -> list[str | None]:
     found: list[str | None] = []
     for start in range(0, size, CHUNK):
         try:
-            found.append(hashlib.sha256(os.pread(device, CHUNK, start)).hexdigest()[:16])
+            found.append(digest_of(os.pread(device, CHUNK, start)))
         except OSError:
             found.append(None)
     os.close(device)
@@ -54,4 +57,5 @@ def main() -> None:
     print(json.dumps({name: read(name) for name in request.get("read", [])}))
 
 
-main()
+if __name__ == "__main__":
+    main()
