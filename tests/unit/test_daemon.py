@@ -626,8 +626,10 @@ def test_errors_of_a_disk_that_hangs_do_not_pile_up(scene, monkeypatch):
             return (await it.page(0, 100, 0)).events
 
     everything = run(story())
-    sectors = [tuple(item) for event in everything for item in event["sectors"]]
-    assert (2000, 100) in sectors
+    ranges = [item for event in everything for item in event["sectors"]]
+    sectors = {sector for start, count in ranges for sector in range(start, start + count)}
+    # On a busy machine the run may have been asked for in two parts.
+    assert sectors >= {*range(2000, 2100)}
     assert sum(event["requests"] + event["merged"] for event in everything) == 201
 
 

@@ -758,7 +758,10 @@ def test_a_process_killed_anywhere_in_a_remap(tmp_path: Path, on_error: str) -> 
 
 @pytest.mark.parametrize(
     ("spares", "busy", "on_error"),
-    [(1, False, "fail"), (1, True, "fail"), (2, True, "fail"), (1, True, "hold")],
+    short_form(
+        [(1, False, "fail"), (1, True, "fail"), (2, True, "fail"), (1, True, "hold")],
+        always=[(1, True, "fail"), (1, True, "hold")],
+    ),
 )
 def test_a_power_cut_anywhere_in_a_remap(
     tmp_path: Path, spares: int, busy: bool, on_error: str
@@ -805,10 +808,12 @@ def test_a_crash_anywhere_in_a_creation(tmp_path: Path, spares: int, power_cut: 
             assert again.generation() == 1
 
 
-@pytest.mark.parametrize("spares", [1, 2])
-@pytest.mark.parametrize("power_cut", [False, True], ids=["killed", "power cut"])
+@pytest.mark.parametrize(
+    ("power_cut", "spares"),
+    short_form(itertools.product([False, True], [1, 2]), always=[(False, 2), (True, 1)]),
+)
 def test_a_crash_anywhere_in_a_change_of_policies(
-    tmp_path: Path, spares: int, power_cut: bool
+    tmp_path: Path, power_cut: bool, spares: int
 ) -> None:
     target = make_scene(tmp_path, spares)
     target.create()

@@ -28,6 +28,7 @@ from dm_remap.planner import Plan, Request, plan_present
 from dm_remap.report import describe_migration
 from tests import old_spare
 from tests.old_spare import ACTIVE, PENDING, Entry, Old
+from tests.parameters import short_form
 from tests.unit.fake_kernel import FILESYSTEM_MAGIC, SECTOR, Disk, Kernel, Process
 from tests.unit.test_engine import CHUNK, NAME, SECTORS, content, numbered, survivals
 
@@ -668,8 +669,17 @@ def labels(crashes: list[tuple[str, Host]]) -> list[str]:
     return [label.partition(": ")[2] for label, _host in crashes]
 
 
-@pytest.mark.parametrize("power_cut", [False, True], ids=["killed", "power cut"])
-@pytest.mark.parametrize(("spares", "on_error"), [(1, "fail"), (2, "fail"), (1, "hold")])
+@pytest.mark.parametrize(
+    ("spares", "on_error", "power_cut"),
+    short_form(
+        [
+            (spares, on_error, power_cut)
+            for spares, on_error in ((1, "fail"), (2, "fail"), (1, "hold"))
+            for power_cut in (False, True)
+        ],
+        always=[(1, "fail", True), (2, "fail", False), (1, "hold", True)],
+    ),
+)
 def test_a_crash_anywhere_in_a_migration(
     tmp_path: Path,
     spares: int,

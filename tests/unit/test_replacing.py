@@ -33,6 +33,7 @@ from dm_remap.planner import (
 from dm_remap.reflex import Ward, on_one_main
 from dm_remap.replacing import Pace, Replacing, Result, Tools
 from dm_remap.tracing import BlockError
+from tests.parameters import short_form
 from tests.unit.fake_kernel import (
     SECTOR,
     Blocked,
@@ -282,13 +283,16 @@ def check_crash(scene: Scene, crash: Crash, main: str, survivors: list[Volatile]
 
 CRASHING = pytest.mark.parametrize(
     ("on_error", "shim", "undo"),
-    [
-        ("fail", "none", False),
-        ("fail", "none", True),
-        ("hold", "none", False),
-        ("hold", "raid", False),
-        ("hold", "raid", True),
-    ],
+    short_form(
+        [
+            ("fail", "none", False),
+            ("fail", "none", True),
+            ("hold", "none", False),
+            ("hold", "raid", False),
+            ("hold", "raid", True),
+        ],
+        always=[("fail", "none", True), ("hold", "raid", False)],
+    ),
 )
 
 

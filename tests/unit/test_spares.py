@@ -20,6 +20,7 @@ from dm_remap.errors import DmRemapError, Refused
 from dm_remap.format import geometry_of, minimum_spare_sectors
 from dm_remap.planner import ActiveTarget, SpareRequest, plan_spare_absent, plan_spare_present
 from dm_remap.report import describe_target
+from tests.parameters import short_form
 from tests.unit.fake_kernel import FILESYSTEM_MAGIC, SECTOR, Disk, Process
 from tests.unit.test_engine import (
     CHUNK,
@@ -377,8 +378,13 @@ def test_a_crash_anywhere_in_a_removal_of_a_spare(tmp_path: Path, power_cut: boo
     assert found == {("/dev/spare1",), ("/dev/spare0", "/dev/spare1")}
 
 
-@pytest.mark.parametrize("on_error", ["fail", "hold"])
-@pytest.mark.parametrize("power_cut", [False, True], ids=["killed", "power cut"])
+@pytest.mark.parametrize(
+    ("power_cut", "on_error"),
+    short_form(
+        itertools.product([False, True], ["fail", "hold"]),
+        always=[(False, "fail"), (True, "hold")],
+    ),
+)
 def test_a_crash_anywhere_in_a_replacement(tmp_path: Path, power_cut: bool, on_error: str) -> None:
     scene = with_chunks(tmp_path, spares=1, on_error=on_error)
     found = set()

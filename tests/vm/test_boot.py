@@ -212,10 +212,12 @@ def check_boots(host: Host, seeds: range) -> None:
         host.mark(f"boot-{seed}")
 
 
+@pytest.mark.soak
 def test_the_target_is_mounted_by_uuid_at_each_boot(host: Host) -> None:
-    check_boots(host, range(2))
+    check_boots(host, range(3))
 
 
+@pytest.mark.soak
 def test_a_missing_spare_is_waited_for_and_its_hot_plug_mounts(host: Host) -> None:
     host.configure(SHORT % "never")
     order, buses = shuffled(100)

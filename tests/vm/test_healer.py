@@ -312,6 +312,7 @@ def test_a_healer_killed_in_the_middle_goes_on(guest: Guest) -> None:
     assert int(guest.unit("NRestarts")) >= int(kills)
 
 
+@pytest.mark.soak
 def test_a_file_system_is_made_and_used_over_bad_sectors(guest: Guest) -> None:
     """mkfs and the mounted file system write zeroes by one operation for a whole range."""
     guest.create("main")
@@ -327,6 +328,7 @@ def test_a_file_system_is_made_and_used_over_bad_sectors(guest: Guest) -> None:
     assert guest.counted("failed") == 0
 
 
+@pytest.mark.soak
 def test_a_lost_spare_takes_down_only_what_was_on_it(guest: Guest) -> None:
     lost, others = range(384, 640, 8), [at for at in range(0, FILLED, 8) if not 384 <= at < 640]
     for name in ("pull0", "pull1"):

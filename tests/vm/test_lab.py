@@ -66,7 +66,7 @@ def test_a_failing_sector(lab: Machine, name: str, injected: str, op: str) -> No
     assert disk.read(800, SECTORS) == PATTERN, "a failed write must not change anything"
 
 
-@pytest.mark.parametrize("name", ["main", "main4k", "scsi", "nvme"])
+@pytest.mark.parametrize("name", short_form(["main", "main4k", "scsi", "nvme"], always=["main4k"]))
 def test_neighbours_of_a_failing_block_answer(lab: Machine, name: str) -> None:
     disk = lab.disk(name)
     block = disk.spec.block_sectors
@@ -91,7 +91,9 @@ def test_healing_a_part(lab: Machine) -> None:
 KERNEL_TRIES = {("main", "EIO"): 1, ("scsi", "EIO"): 6, ("scsi", "ENODATA"): 1, ("nvme", "EIO"): 6}
 
 
-@pytest.mark.parametrize(("name", "injected"), KERNEL_TRIES)
+@pytest.mark.parametrize(
+    ("name", "injected"), short_form(KERNEL_TRIES, always=[("scsi", "EIO"), ("nvme", "EIO")])
+)
 def test_a_weak_sector_answers_after_its_failures(lab: Machine, name: str, injected: str) -> None:
     disk = lab.disk(name)
     tries = KERNEL_TRIES[name, injected]
@@ -102,7 +104,7 @@ def test_a_weak_sector_answers_after_its_failures(lab: Machine, name: str, injec
     assert disk.read(30000, 1) == bytes(512)
 
 
-@pytest.mark.parametrize("name", ["scsi", "nvme", "ide"])
+@pytest.mark.parametrize("name", short_form(["scsi", "nvme", "ide"], always=["ide"]))
 def test_the_kernel_hides_what_fails_once(lab: Machine, name: str) -> None:
     disk = lab.disk(name)
     disk.fail([(30000, 1)], op="read", once=True)
@@ -145,8 +147,13 @@ def test_wrong_faults_are_refused(lab: Machine, arguments: dict[str, object]) ->
 
 
 @pytest.mark.core
-@pytest.mark.parametrize("interface", ["virtio", "scsi", "nvme"])
-@pytest.mark.parametrize("block", [512, 4096])
+@pytest.mark.parametrize(
+    ("block", "interface"),
+    short_form(
+        itertools.product([512, 4096], ["virtio", "scsi", "nvme"]),
+        always=[(512, "scsi"), (4096, "nvme")],
+    ),
+)
 def test_plugging_in_and_out(lab: Machine, interface: str, block: int) -> None:
     disk = lab.attach(Disk("extra", size="8M", interface=interface, block=block))
     assert int(lab.run(["blockdev", "--getss", disk.path]).stdout) == block

@@ -9,6 +9,8 @@ import struct
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from tests import old_spare
 from tests.lab import Disk, Machine
 from tests.old_spare import Entry, Old
@@ -104,10 +106,12 @@ def test_a_kernel_target_is_left_without_losing_a_sector(lab: Machine, tmp_path:
     assert any("3 sectors of main cannot be saved" in text for text in result["done"]["warnings"])
 
 
+@pytest.mark.soak
 def test_larger_units_and_blocks_are_migrated_whole(lab: Machine, tmp_path: Path) -> None:
     assert run(lab, tmp_path, [], block=4096)["done"]["actions"] == CREATION
 
 
+@pytest.mark.soak
 def test_a_migration_that_was_killed_goes_on_with_the_same_task(
     lab: Machine, tmp_path: Path
 ) -> None:

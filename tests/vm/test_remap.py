@@ -97,7 +97,7 @@ def remap_bad_sector(guest: Guest, pair: Pair, **more: Any) -> dict[str, Any]:
 
 
 @pytest.mark.core
-@pairs("main", "scsi", "nvme", "main4k")
+@pairs("scsi", "nvme", "main4k")
 def test_a_sector_that_cannot_be_read(guest: Guest, pair: Pair) -> None:
     prepare(guest, pair.main, pair.spare)
     guest.machine.disk(pair.main).fail([(BAD_SECTOR, 1)], op="read", errno=pair.errno)

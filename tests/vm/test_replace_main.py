@@ -87,6 +87,7 @@ def documented_example() -> dict[str, Any]:
     return dict(task["dm_remap.storage.target"])
 
 
+@pytest.mark.soak
 def test_the_documented_example_and_the_playbook(lab: Machine, tmp_path: Path) -> None:
     old, new, third = (lab.disk(name) for name in ("main", "scsi", "spare2"))
     content = os.urandom(8 * CHUNK_SECTORS * 512)

@@ -10,6 +10,7 @@ import random
 import pytest
 
 from tests.lab import Disk, Machine
+from tests.parameters import short_form
 from tests.vm.guest import Guest
 
 NAME = "guarded"
@@ -48,6 +49,7 @@ def test_spares_change_under_a_verifying_load(lab: Machine) -> None:
     print("pauses in s:", pauses)
 
 
+@pytest.mark.soak
 def test_reading_a_large_table_costs_no_more_memory_than_the_table(lab: Machine) -> None:
     lab.attach(Disk("large", size="96M"))
     result = Guest(lab).call("large_table", main=lab.disk("large").path, lines=20_000)
@@ -58,7 +60,7 @@ def test_reading_a_large_table_costs_no_more_memory_than_the_table(lab: Machine)
 
 @pytest.mark.parametrize(
     ("present", "moving"),
-    [(1_000, 100), pytest.param(10_000, 1_000, marks=pytest.mark.soak)],
+    short_form([(1_000, 100), (10_000, 1_000)], always=[(1_000, 100)]),
 )
 def test_many_chunks_move_in_one_commit_on_a_target_with_many(
     lab: Machine, present: int, moving: int
