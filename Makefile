@@ -26,7 +26,7 @@ help:
 	@echo '  make test-vm-13     the core ones of these on Debian 13'
 	@echo '  make test-molecule  the modules and the role through Ansible in a virtual machine'
 	@echo 'make bench          what a remap, a commit and a table load cost'
-	@echo 'make soak           the long tests'
+	@echo 'make soak           the long forms of the tests, and all that need a guest on Debian 13'
 	@echo 'make clean          remove what the targets above made here'
 
 python:
@@ -73,7 +73,7 @@ bench: packages-lab collection
 
 soak: packages-rulebook packages-lab collection
 	@$(PYTEST) tests -m soak $(ARGS)
-	@$(PYTEST) tests/vm -m 'core and soak' --lab-image debian-13 $(ARGS)
+	@$(PYTEST) tests/vm --lab-image debian-13 $(ARGS)
 
 clean:
 	rm -rf .build .venv .ansible .hypothesis .ruff_cache tests/output dm_remap-storage-*.tar.gz
