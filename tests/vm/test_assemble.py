@@ -167,7 +167,8 @@ class Drill:
         try:
             yield
         finally:
-            self.stop(next(name for name, spares in TARGETS.items() if spare in spares))
+            (owner,) = [name for name, spares in TARGETS.items() if spare in spares]
+            self.stop(owner)
             self.machine.attach(self.specs[spare])
 
     def check(self, *names: str, missing: str = "") -> None:
