@@ -137,9 +137,17 @@ def test_a_sector_that_cannot_be_written(guest: Guest, pair: Pair) -> None:
     assert done["wrong_after_writing"] == []
 
 
-@pytest.mark.parametrize("filesystem", ["ext4", pytest.param("xfs", marks=pytest.mark.core)])
-def test_fifty_remaps_under_a_verifying_load(guest: Guest, filesystem: str) -> None:
-    check_load(guest, filesystem, remaps=50, seed=len(filesystem))
+@pytest.mark.parametrize(
+    ("filesystem", "remaps"),
+    [
+        ("ext4", 15),
+        pytest.param("xfs", 15, marks=pytest.mark.core),
+        pytest.param("ext4", 50, marks=pytest.mark.soak),
+        pytest.param("xfs", 50, marks=pytest.mark.soak),
+    ],
+)
+def test_remaps_under_a_verifying_load(guest: Guest, filesystem: str, remaps: int) -> None:
+    check_load(guest, filesystem, remaps, seed=len(filesystem))
 
 
 @pytest.mark.soak
