@@ -57,10 +57,10 @@ test-loop: packages-rulebook collection
 	@$(PYTEST) tests/loop -m 'not soak' $(ARGS)
 
 test-vm: packages-rulebook packages-lab collection
-	@$(PYTEST) tests/vm -v -m 'not soak' $(ARGS)
+	@$(PYTEST) tests/vm -v -m 'not soak and not second' $(ARGS)
 
 test-vm-13: packages-rulebook packages-lab collection
-	@$(PYTEST) tests/vm -v -m 'core and not soak' --lab-image debian-13 $(ARGS)
+	@$(PYTEST) tests/vm -v -m '(core or second) and not soak' --lab-image debian-13 $(ARGS)
 
 test-molecule: packages-lab collection
 	@$(ENVIRONMENT) python tools/run_molecule.py
@@ -72,7 +72,7 @@ bench: packages-lab collection
 	@$(ENVIRONMENT) python -m benchmarks $(ARGS)
 
 soak: packages-rulebook packages-lab collection
-	@$(PYTEST) tests -m soak $(ARGS)
+	@$(PYTEST) tests -m 'soak or second' $(ARGS)
 	@$(PYTEST) tests/vm --lab-image debian-13 $(ARGS)
 
 clean:

@@ -40,12 +40,15 @@ SECTORS = len(PATTERN) // 512
 
 
 def failing_sectors() -> Iterator[ParameterSet]:
-    """Every disk, error and operation; outside of the long runs those that differ most."""
+    """Every disk, error and operation."""
     for (name, injected), op in itertools.product(GUEST_ERRNO, ("read", "write", "both")):
-        short = op == "both" or (name, injected) == ("main", "EIO")
-        yield pytest.param(
-            name, injected, op, marks=pytest.mark.core if short else pytest.mark.soak
-        )
+        # Outside of the long runs those that differ most.
+        mark = pytest.mark.soak
+        if (name, injected) == ("main", "EIO"):
+            mark = pytest.mark.core
+        elif op == "both":
+            mark = pytest.mark.second
+        yield pytest.param(name, injected, op, marks=mark)
 
 
 @pytest.mark.parametrize(("name", "injected", "op"), failing_sectors())

@@ -225,7 +225,7 @@ def test_life_of_a_target(lab: Machine, runner: Runner, spare_names: tuple[str, 
     assert digests(lab)["main"] == blank["main"]
 
 
-@pytest.mark.core
+@pytest.mark.second
 @pytest.mark.parametrize("through_ansible", [False])
 def test_a_target_after_a_power_cut(lab: Machine, runner: Runner) -> None:
     main, spare = lab.disk("main"), lab.disk("spare")

@@ -141,7 +141,7 @@ def test_a_sector_that_cannot_be_written(guest: Guest, pair: Pair) -> None:
     ("filesystem", "remaps"),
     [
         ("ext4", 15),
-        pytest.param("xfs", 15, marks=pytest.mark.core),
+        pytest.param("xfs", 15, marks=pytest.mark.second),
         pytest.param("ext4", 50, marks=pytest.mark.soak),
         pytest.param("xfs", 50, marks=pytest.mark.soak),
     ],
@@ -188,13 +188,10 @@ def median(values: list[float]) -> float:
 
 @pytest.mark.parametrize(
     ("main", "spare"),
-    [
-        pytest.param("main", "spare", marks=pytest.mark.core),
-        pytest.param("main4k", "spare4k", marks=pytest.mark.soak),
-    ],
+    short_form([("main", "spare"), ("main4k", "spare4k")], always=[("main", "spare")]),
 )
 def test_no_acknowledged_write_is_lost(guest: Guest, main: str, spare: str) -> None:
-    check_race(guest, main, spare, races=10)
+    check_race(guest, main, spare, races=4)
 
 
 @pytest.mark.soak
@@ -209,7 +206,7 @@ def check_race(guest: Guest, main: str, spare: str, races: int) -> None:
     assert results == [{"codes": [0, 0, 0], "lost": [], "remapped": 1}] * races
 
 
-@pytest.mark.core
+@pytest.mark.second
 @pytest.mark.parametrize(("last", "remapped"), [("frozen", False), ("committed", True)])
 def test_a_guard_ends_the_freeze_of_a_killed_remap(guest: Guest, last: str, remapped: bool) -> None:
     prepare(guest, "main", "spare", "spare2", sectors=16384)
@@ -253,7 +250,7 @@ def test_a_remap_that_is_killed_after_each_step(guest: Guest) -> None:
         assert (result["left"] == "delay") == delayed, step
 
 
-@pytest.mark.core
+@pytest.mark.second
 def test_a_remap_keeps_the_links_of_the_target(guest: Guest) -> None:
     prepare(guest, "main", "spare")
     path = f"/dev/mapper/{NAME}"
