@@ -214,6 +214,7 @@ def test_a_guard_ends_the_freeze_of_a_killed_remap(guest: Guest, last: str, rema
     assert found == {"wrong": [], "remapped": remapped, "interrupted": False, "damaged": 0}
 
 
+@pytest.mark.soak
 def test_a_remap_that_is_killed_after_each_step(guest: Guest) -> None:
     prepare(guest, "main", "spare", "spare2", sectors=16384)
     steps = guest.call("steps", name=NAME, chunk=0)
