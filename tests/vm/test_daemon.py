@@ -115,7 +115,6 @@ def guest(installed: Guest) -> Guest:
     return installed
 
 
-@pytest.mark.core
 @pytest.mark.parametrize(
     "name", short_form(["main", "main4k", "scsi", "nvme", "ide"], always=["main", "nvme"])
 )
@@ -145,7 +144,7 @@ def test_a_failed_write_names_its_whole_range(guest: Guest, name: str) -> None:
     assert start + count == 5056
 
 
-@pytest.mark.core
+@pytest.mark.soak
 def test_readahead_is_ignored(guest: Guest) -> None:
     disk = guest.lab.disk("main")
     guest.target(disk.path)
@@ -175,6 +174,7 @@ def test_a_weak_sector_is_told_without_sectors(guest: Guest) -> None:
     assert (event["sectors"], event["suspect"]) == ([], [[5000, 1]])
 
 
+@pytest.mark.soak
 def test_a_partition_is_counted_from_its_own_start(guest: Guest) -> None:
     disk = guest.lab.disk("main")
     # One entry of a DOS partition table: type Linux, first sector, number of sectors.
@@ -192,6 +192,7 @@ def test_a_partition_is_counted_from_its_own_start(guest: Guest) -> None:
     assert event["device"] == guest.kernel_name(disk.path + "-part1")
 
 
+@pytest.mark.soak
 def test_a_logical_volume_is_watched_too(guest: Guest) -> None:
     disk = guest.lab.disk("main")
     volume = f"0 65536 linear {disk.path} 4096"
@@ -214,6 +215,7 @@ def test_a_failed_flush_is_told(guest: Guest) -> None:
     assert (event["operation"], event["sectors"]) == ("flush", [])
 
 
+@pytest.mark.soak
 def test_a_thousand_errors_become_one_event(guest: Guest) -> None:
     disk = guest.lab.disk("main")
     guest.target(disk.path)

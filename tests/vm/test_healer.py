@@ -221,7 +221,7 @@ def guest(installed: Guest) -> Guest:
 @pytest.mark.parametrize(
     ("name", "code", "shim", "held"),
     [
-        pytest.param("main", "EIO", "none", True, marks=pytest.mark.core),
+        ("main", "EIO", "none", True),
         pytest.param("main4k", "EIO", "none", True, marks=pytest.mark.soak),
         pytest.param("scsi", "EIO", "none", True, marks=pytest.mark.soak),
         pytest.param("ide", "EIO", "none", True, marks=pytest.mark.soak),
@@ -273,7 +273,6 @@ def test_an_application_sees_lost_sectors_only(
 
 
 @pytest.mark.soak
-@pytest.mark.core
 def test_a_weak_sector_is_saved_before_the_application_knows(guest: Guest) -> None:
     disk = guest.lab.disk("main")
     guest.create("main")
@@ -283,7 +282,6 @@ def test_a_weak_sector_is_saved_before_the_application_knows(guest: Guest) -> No
 
 
 @pytest.mark.soak
-@pytest.mark.core
 @pytest.mark.parametrize("shim", ["none", "raid"])
 def test_a_flush_that_fails_reaches_the_application(guest: Guest, shim: str) -> None:
     guest.create("main", shim)
@@ -294,7 +292,6 @@ def test_a_flush_that_fails_reaches_the_application(guest: Guest, shim: str) -> 
 
 
 @pytest.mark.soak
-@pytest.mark.core
 def test_a_healer_killed_in_the_middle_goes_on(guest: Guest) -> None:
     disk = guest.lab.disk("main")
     guest.create("main")
@@ -369,7 +366,6 @@ def test_a_lost_spare_takes_down_only_what_was_on_it(guest: Guest) -> None:
 
 
 @pytest.mark.soak
-@pytest.mark.core
 def test_without_a_healer_io_ends_and_with_it_again_it_is_healed(guest: Guest) -> None:
     disk = guest.lab.disk("main")
     guest.create("main")
@@ -392,7 +388,6 @@ def test_without_a_healer_io_ends_and_with_it_again_it_is_healed(guest: Guest) -
 
 
 @pytest.mark.soak
-@pytest.mark.core
 def test_the_service_is_confined(guest: Guest) -> None:
     assert guest.unit("CapabilityBoundingSet") == "cap_ipc_lock cap_sys_admin"
     assert guest.unit("PrivateNetwork") == "yes"

@@ -40,9 +40,9 @@ def check(result: dict[str, Any]) -> None:
     ("block", "size"),
     [
         (512, "32M"),
-        (512, "64M"),
+        pytest.param(512, "64M", marks=pytest.mark.soak),
         pytest.param(4096, "32M", marks=pytest.mark.soak),
-        pytest.param(4096, "64M", marks=pytest.mark.core),
+        pytest.param(4096, "64M", marks=pytest.mark.second),
     ],
 )
 def test_every_usable_chunk_can_be_written(lab: Machine, block: int, size: str) -> None:
