@@ -15,7 +15,6 @@ from pathlib import Path
 import pytest
 
 from dm_remap import discovery
-from dm_remap import engine as engine_module
 from dm_remap.assembler import MOUNT, Assembler, serve
 from dm_remap.backups import Backups
 from dm_remap.blockdev import Listed
@@ -25,24 +24,13 @@ from dm_remap.fingerprint import of_info
 from dm_remap.hiding import Known, Mains, role_of
 from dm_remap.planner import plan_absent
 from dm_remap.udev import Event
-from tests.unit.drill_scene import TARGETS, Drill, make_drill
+from tests.unit.drill_scene import TARGETS, Drill
 from tests.unit.fake_kernel import Blocks, Disk, Kernel, Process
+
+pytestmark = pytest.mark.usefixtures("memory_stays_unlocked")
 
 ADD = Event("add", "8:999", "")
 SPARES = {name: spares for name, (spares, _count) in TARGETS.items()}
-
-
-@pytest.fixture(autouse=True, scope="module")
-def memory_stays_unlocked() -> Iterator[None]:
-    """Do not lock the memory of the process that runs the tests."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(engine_module, "lock_memory", lambda: None)
-        yield
-
-
-@pytest.fixture(scope="module")
-def host_a(tmp_path_factory: pytest.TempPathFactory, memory_stays_unlocked: None) -> Drill:
-    return make_drill(tmp_path_factory.mktemp("host_a"))
 
 
 class HidingBlocks(Blocks):

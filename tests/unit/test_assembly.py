@@ -14,7 +14,6 @@ import json
 import os
 import shutil
 import uuid
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -22,7 +21,6 @@ from typing import Any
 import pytest
 from ansible.module_utils.testing import patch_module_args
 
-from dm_remap import engine as engine_module
 from dm_remap.assembly import Order, Report, assemble, choose
 from dm_remap.blockdev import DeviceInfo
 from dm_remap.copies import survey
@@ -47,27 +45,15 @@ from tests.unit.drill_scene import (
     TARGETS,
     Drill,
     data_of,
-    make_drill,
     overwrite,
     zero,
 )
 from tests.unit.fake_kernel import SECTOR, Disk, Killed, Process
 
+pytestmark = pytest.mark.usefixtures("memory_stays_unlocked")
+
 SPARES = [spare for spares, _count in TARGETS.values() for spare in spares]
 ALL = dict.fromkeys(TARGETS, "assembled")
-
-
-@pytest.fixture(autouse=True, scope="module")
-def memory_stays_unlocked() -> Iterator[None]:
-    """Do not lock the memory of the process that runs the tests."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(engine_module, "lock_memory", lambda: None)
-        yield
-
-
-@pytest.fixture(scope="module")
-def host_a(tmp_path_factory: pytest.TempPathFactory, memory_stays_unlocked: None) -> Drill:
-    return make_drill(tmp_path_factory.mktemp("host_a"))
 
 
 @pytest.fixture

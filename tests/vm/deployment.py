@@ -52,8 +52,8 @@ print(result)
 _deployed: weakref.WeakSet[Machine] = weakref.WeakSet()
 
 
-def deploy(lab: Machine, directory: Path) -> str:
-    """Install the daemon and the tools with the collection's own role; what the play printed."""
+def deploy(lab: Machine, directory: Path) -> None:
+    """Install the daemon and the tools with the collection's own role."""
     variables = {
         **lab.inventory(),
         "host_daemon_names": ["localhost"],
@@ -81,7 +81,6 @@ def deploy(lab: Machine, directory: Path) -> str:
     # A power cut would take it away again.
     lab.run("sync")
     _deployed.add(lab)
-    return done.stdout
 
 
 def ensure_deployed(lab: Machine, directory: Path) -> None:

@@ -1,0 +1,27 @@
+# Copyright: dm_remap.storage contributors
+# GNU General Public License v3.0+ (see LICENSES/GPL-3.0-or-later.txt or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""What several tests of the core share."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+
+from dm_remap import engine as engine_module
+from tests.unit.drill_scene import Drill, make_drill
+
+
+@pytest.fixture(scope="module")
+def memory_stays_unlocked() -> Iterator[None]:
+    """Do not lock the memory of the process that runs the tests."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(engine_module, "lock_memory", lambda: None)
+        yield
+
+
+@pytest.fixture(scope="module")
+def host_a(tmp_path_factory: pytest.TempPathFactory, memory_stays_unlocked: None) -> Drill:
+    """The drill's targets on the host that made them."""
+    return make_drill(tmp_path_factory.mktemp("host_a"))
