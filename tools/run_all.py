@@ -41,6 +41,8 @@ LANES = (
 # For all parts together; what has not ended by then fails. Half an hour is the aim on two idle
 # cores; the limits only end what hangs, because a busy machine is no fault of the tests.
 TOTAL_SECONDS = 5150
+# What is printed again of a part that failed, since the other lane may have ended long after it.
+TAIL_LINES = 40
 
 
 @dataclass(frozen=True)
@@ -88,6 +90,11 @@ def main() -> int:
             thread.join()
     except KeyboardInterrupt:
         results.RUNNING.stop()
+
+    for summary in summaries:
+        if not summary.outcome.passed:
+            print(f"\nThe end of {summary.target}:")
+            print("\n".join(summary.outcome.output.splitlines()[-TAIL_LINES:]))
 
     total = results.Counts()
     print()

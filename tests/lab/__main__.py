@@ -10,6 +10,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import sys
 from collections.abc import Callable
 from typing import Any, NoReturn
@@ -18,7 +19,7 @@ from .disk import CACHE_MODES, INTERFACES, Disk
 from .faults import REQUESTS
 from .image import SUITES, ensure_image, prune_images
 from .machine import Machine, machine_names, prune
-from .paths import LabError
+from .paths import LabError, machine_dir
 
 DISK_NUMBERS = ("block", "physical", "seed")
 
@@ -208,6 +209,8 @@ def kill_command(options: argparse.Namespace) -> int:
     """End a machine and remove all of it; no error if there is none."""
     if options.name in machine_names():
         Machine.load(options.name).close()
+    # Whoever was killed while making a machine has left a directory without a state.
+    shutil.rmtree(machine_dir(options.name), ignore_errors=True)
     return 0
 
 

@@ -28,7 +28,7 @@ from .accel import KVM, QEMU, accelerator
 from .disk import AHCI_PORTS, SECTOR_BYTES, Disk, device, protocol_node, raw_node
 from .faults import Fault, rules, without
 from .image import READY, ROOT_LABEL, SUITES, Image, ensure_image
-from .paths import LabError, machines_dir, ssh_key
+from .paths import LabError, machine_dir, machines_dir, ssh_key
 from .process import Process, spawn, tail
 from .qmp import Qmp
 
@@ -336,7 +336,7 @@ class Machine:
         self._started = False
         self._lock: Any = None
         self.name = name or f"m-{uuid.uuid4().hex[:8]}"
-        self.directory = machines_dir() / self.name
+        self.directory = machine_dir(self.name)
         self.sockets: Path | None = None
         self.disks: dict[str, GuestDisk] = {}
         self.memory_mb = memory_mb
@@ -923,7 +923,7 @@ class Machine:
         Raises:
             LabError: there is none of this name.
         """
-        directory = machines_dir() / name
+        directory = machine_dir(name)
         try:
             state = json.loads((directory / "state.json").read_text("utf-8"))
         except OSError as error:
@@ -972,9 +972,8 @@ def machine_names() -> list[str]:
 def prune() -> None:
     """Remove machines whose owner has died without removing them; detached ones stay."""
     for name in machine_names():
-        lock = machines_dir() / name / "owner.lock"
-        if not lock.exists():
-            continue
-        with open(lock, "r+", encoding="ascii") as handle, contextlib.suppress(OSError, LabError):
+        lock = machine_dir(name) / "owner.lock"
+        # No lock: a detached machine, or one that its owner is removing at this moment.
+        with contextlib.suppress(OSError, LabError), open(lock, "r+", encoding="ascii") as handle:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
             Machine.load(name).close()

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
+import re
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -30,6 +31,17 @@ def machines_dir() -> Path:
     path = cache_dir() / "machines"
     path.mkdir(mode=0o700, exist_ok=True)
     return path
+
+
+def machine_dir(name: str) -> Path:
+    """Return the directory of the machine called ``name``; it need not be there.
+
+    Raises:
+        LabError: the name is not one of letters, digits, ``.``, ``_`` and ``-``.
+    """
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
+        raise LabError(f"machine {name!r}: use letters, digits, '.', '_' and '-' for its name")
+    return machines_dir() / name
 
 
 @contextlib.contextmanager

@@ -12,10 +12,12 @@ from pathlib import Path
 import pytest
 
 from tests.lab import Disk, Fault, LabError
-from tests.lab.__main__ import parse_disk, parse_forward, parse_sectors
+from tests.lab.__main__ import main, parse_disk, parse_forward, parse_sectors
 from tests.lab.disk import device, parse_size
 from tests.lab.faults import rules, without
 from tests.lab.image import recipe_hash
+from tests.lab.machine import prune
+from tests.lab.paths import machine_dir, machines_dir
 from tests.lab.volatile import Store
 
 EIO, ENODATA = 5, 61
@@ -185,3 +187,36 @@ def test_images_are_cached_by_what_goes_into_them(monkeypatch: pytest.MonkeyPatc
     assert plain != recipe_hash("debian-12", "other key")
     monkeypatch.setattr("tests.lab.image.PACKAGES", ["less"])
     assert plain != recipe_hash("debian-12", "key")
+
+
+@pytest.fixture
+def machines(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """An empty directory of machines."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    return machines_dir()
+
+
+@pytest.mark.parametrize("name", ["", ".", "..", "../other", "/etc", "a b", "-x"])
+def test_wrong_names_of_machines(machines: Path, name: str) -> None:
+    with pytest.raises(LabError, match="use letters"):
+        machine_dir(name)
+
+
+def test_a_machine_that_was_never_finished_is_killed(
+    machines: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (machines / "half").mkdir()
+    (machines / "half" / "root.qcow2").touch()
+    monkeypatch.setattr("sys.argv", ["lab", "kill", "--name=half"])
+    assert main() == 0
+    assert [*machines.iterdir()] == []
+    assert main() == 0
+
+
+def test_pruning_leaves_a_machine_that_its_owner_removes_meanwhile(
+    machines: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tests.lab.machine.machine_names", lambda: ["gone", "going"])
+    (machines / "going").mkdir()
+    prune()
+    assert [path.name for path in machines.iterdir()] == ["going"]
