@@ -32,32 +32,18 @@ BYSTANDER = "7d1f1c1e-13f4-4a39-8f8e-0d2b8c0a5b11"
 # More than an emulated guest needs to see all of its disks.
 PATIENT = "assemble: {timeout: 300}\ntargets: []\n"
 SHORT = "assemble: {degraded: %s, timeout: 5}\ntargets: []\n"
-UNIT = "dm-remap-assemble"
 
-# Waits for a line of the service's log of this boot.
-WAIT_FOR_LOG = """
+# Waits until a command succeeds; what the service says of this boot, if it never does.
+WAIT_FOR = """
 end=$(($(date +%s) + 500))
-until journalctl -b -o cat -u "$1" | grep -qF -- "$2"; do
-    if [ "$(date +%s)" -gt "$end" ]; then journalctl -b -o cat -u "$1" >&2; exit 1; fi
+until sh -c "$1" sh "$2"; do
+    if [ "$(date +%s)" -gt "$end" ]; then journalctl -b -o cat -u dm-remap-assemble >&2; exit 1; fi
     sleep 0.5
 done
 """
-# Waits for a mount.
-WAIT_FOR_MOUNT = """
-end=$(($(date +%s) + 500))
-until findmnt "$1" >/dev/null; do
-    if [ "$(date +%s)" -gt "$end" ]; then journalctl -b -o cat -u "$2" >&2; exit 1; fi
-    sleep 0.5
-done
-"""
-# Waits until udev hides a disk no more.
-WAIT_UNTIL_SHOWN = """
-end=$(($(date +%s) + 500))
-while udevadm info --query=property --name="$1" | grep -q '^DM_REMAP_ROLE='; do
-    if [ "$(date +%s)" -gt "$end" ]; then journalctl -b -o cat -u "$2" >&2; exit 1; fi
-    sleep 0.5
-done
-"""
+IS_MOUNTED = 'findmnt "$1" >/dev/null'
+IS_LOGGED = 'journalctl -b -o cat -u dm-remap-assemble | grep -qF -- "$1"'
+IS_SHOWN = "! udevadm info --query=property --name=\"$1\" | grep -q '^DM_REMAP_ROLE='"
 
 
 @dataclass
@@ -104,10 +90,10 @@ class Host:
         self.machine.write_file("/etc/dm-remap/config.yaml", text)
 
     def wait_for_mount(self) -> None:
-        self.sh(WAIT_FOR_MOUNT, PLACE, UNIT)
+        self.sh(WAIT_FOR, IS_MOUNTED, PLACE)
 
     def wait_for_log(self, text: str) -> None:
-        self.sh(WAIT_FOR_LOG, UNIT, text)
+        self.sh(WAIT_FOR, IS_LOGGED, text)
 
     def properties(self, name: str) -> dict[str, str]:
         text = self.sh(f"udevadm info --query=property --name={shlex.quote(self.path(name))}")
@@ -213,8 +199,8 @@ def check_boots(host: Host, seeds: range) -> None:
 
 
 @pytest.mark.soak
-def test_the_target_is_mounted_by_uuid_at_each_boot(host: Host) -> None:
-    check_boots(host, range(3))
+def test_the_target_is_mounted_by_uuid_at_each_of_20_boots(host: Host) -> None:
+    check_boots(host, range(20))
 
 
 @pytest.mark.soak
@@ -266,9 +252,33 @@ def test_a_removed_target_shows_its_main(host: Host) -> None:
     done = runner.run(Step("remove", "target", gone))
     assert not done["remove"].get("failed"), done
     for name in ("main", "spare0", "spare1"):
-        host.sh(WAIT_UNTIL_SHOWN, host.path(name), UNIT)
+        host.sh(WAIT_FOR, IS_SHOWN, host.path(name))
 
 
 @pytest.mark.soak
-def test_the_target_is_mounted_by_uuid_at_each_of_20_boots(host: Host) -> None:
-    check_boots(host, range(1000, 1020))
+def test_a_volume_group_on_a_target_is_activated_and_mounted(host: Host) -> None:
+    """Runs after the removal, because it makes the target anew."""
+    runner = ModuleRunner(host.machine)
+    host.sh(f"wipefs -q -a {host.path('main')}")
+    spares = [host.path("spare0"), host.path("spare1")]
+    target: dict[str, Any] = {"name": "data", "main": host.path("main"), "spares": spares}
+    done = runner.run(Step("make", "target", target))
+    assert not done["make"].get("failed"), done
+    host.sh("pvcreate -q /dev/mapper/data && vgcreate -q group /dev/mapper/data")
+    host.sh(f"lvcreate -q -y -L 32M -n volume group && mkfs.ext4 -q -U {UUID} /dev/group/volume")
+    host.configure(PATIENT)
+    host.marks.clear()
+    host.sh(f"mount {PLACE}")
+    # Where the group's own label and the volume's superblock are, so that the main's are old.
+    ranges = [{"start": start, "count": 1} for start in (0, 2050, 4096)]
+    done = runner.run(Step("remap", "sectors", {"name": "data", "ranges": ranges}))
+    assert not done["remap"].get("failed"), done
+    host.mark("volume")
+    for seed in range(300, 302):
+        host.boot(*shuffled(seed))
+        host.wait_for_mount()
+        assert host.sh(f"findmnt -n -o SOURCE {PLACE}") == "/dev/mapper/group-volume"
+        assert host.sh(f"cat {PLACE}/volume") == host.marks["volume"]
+        host.check_hidden("main", "spare0", "spare1")
+        assert host.sh("pvs --noheadings -o pv_name 2>&1").split() == ["/dev/mapper/data"]
+        host.sh("lvextend -q -L +4M group/volume")
