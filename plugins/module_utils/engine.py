@@ -2180,6 +2180,19 @@ class Engine:
             raise DmRemapError("its main is not known", device=target.name)
         return self._blocks.BlockDevice(target.main.path)
 
+    def open_part(self, target: ActiveTarget, spare: int | None) -> OpenDevice:
+        """Open main, or a spare's integrity device by its index, for reading.
+
+        Raises:
+            DmRemapError: it cannot be opened, or is not there.
+        """
+        if spare is None:
+            return self.open_main(target)
+        found = next((one for one in target.spares if one.index == spare), None)
+        if found is None:
+            raise DmRemapError(f"its spare {spare} is not there", device=target.name)
+        return self._blocks.BlockDevice(self._blocks.node_of(found.devno))
+
     def move(
         self,
         target: ActiveTarget,

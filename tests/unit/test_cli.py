@@ -438,6 +438,7 @@ LINES = [
     f"dm-remap remap {NAME} 1",
     f"dm-remap return {NAME} 1",
     f"dm-remap history {NAME}",
+    f"dm-remap scan {NAME}",
     "dm-remap hidden",
     f"dm-remap metadata dump {NAME}",
     f"dm-remap metadata dump {NAME} --generation 1",

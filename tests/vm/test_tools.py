@@ -95,11 +95,15 @@ def test_the_life_of_a_target(desk: Desk, tmp_path: Path) -> None:
     assert completed == f"{NAME}\nrepair restore\n"
 
     main.fail([(5000, 3)], op="read")
+    scanned = desk.json(f"dm-remap scan {NAME}", code=4)
+    assert [(one["start"], one["count"], one["now"]) for one in scanned["bad"]] == [(5000, 3, None)]
     dry = desk.json(f"dm-remap remap {NAME} 5000+3 --dry-run")
     remapped = desk.json(f"dm-remap remap {NAME} 5000+3 --files-seconds 0", code=4)
     assert remapped["actions"] == dry["actions"]
     assert remapped["lost"] == [{"start": 5000, "count": 3}]
     desk.run(f"dm-remap remap {NAME} 5000+3 --expected-generation 1", code=3)
+    # What is lost is on a spare, and known.
+    assert desk.json(f"dm-remap scan {NAME}")["bad"] == []
     desk.run(f"dm-remap remap {NAME} 9000+8")
     shown = desk.run("dm-remap status").stdout
     assert re.search(rf"{NAME} +ok +\S+ .* 2 +3 +3\n", shown), shown

@@ -10,13 +10,13 @@ import sys
 from io import TextIOWrapper
 
 from ..backups import FOLDER
-from . import assemble, hidden, metadata, targets, validate
+from . import assemble, hidden, metadata, scan, targets, validate
 from .framework import JOURNAL, Program, run
 
 DM_REMAP = Program(
     name="dm-remap",
     help="Look at targets, remap sectors, and look after their metadata",
-    commands=(*targets.COMMANDS, *hidden.COMMANDS, *metadata.COMMANDS),
+    commands=(*targets.COMMANDS, scan.COMMAND, *hidden.COMMANDS, *metadata.COMMANDS),
     groups={"metadata": "Dump, check, repair and restore the copies of the metadata on spares"},
     files={
         FOLDER: "this host's backups of its targets' metadata",

@@ -207,8 +207,8 @@ def _changed(data: Mapping[str, Any]) -> list[str]:
         [
             chunk["chunk"],
             f"{chunk['start']}+{chunk['count']}",
-            _place(chunk["origin"]),
-            _place(chunk["spare"]) if chunk["moved"] else "stays",
+            place_text(chunk["origin"]),
+            place_text(chunk["spare"]) if chunk["moved"] else "stays",
             chunk["recovered_first_read"] + chunk["recovered_on_retry"],
             ranges_text(chunk["lost"]),
         ]
@@ -224,7 +224,8 @@ def _changed(data: Mapping[str, Any]) -> list[str]:
     return [*lines, f"generation {data['generation']}; I/O to the chunks waited {pause}"]
 
 
-def _place(spare: int | None) -> str:
+def place_text(spare: int | None) -> str:
+    """Where a chunk is: on main, or on a spare by its index."""
     return "main" if spare is None else f"spare {spare}"
 
 
@@ -257,41 +258,43 @@ def _change_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--retries",
         metavar="N",
-        type=_count,
+        type=whole_number,
         default=4,
         help="how often to read a block again that cannot be read (%(default)s)",
     )
     parser.add_argument(
         "--salvage-seconds",
         metavar="SECONDS",
-        type=_seconds,
+        type=duration,
         default=600.0,
         help="time for reading what cannot be read at once (%(default)s)",
     )
     parser.add_argument(
         "--files-seconds",
         metavar="SECONDS",
-        type=_seconds,
+        type=duration,
         default=60.0,
         help="time for finding the files of lost sectors; 0 does not look (%(default)s)",
     )
 
 
-def _count(text: str) -> int:
+def whole_number(text: str) -> int:
+    """A number of at least 0, as an argument."""
     number = int(text)
     if number < 0:
         raise ValueError(text)
     return number
 
 
-def _seconds(text: str) -> float:
+def duration(text: str) -> float:
+    """Seconds, as an argument."""
     number = float(text)
     if not 0 <= number < float("inf"):
         raise ValueError(text)
     return number
 
 
-_count.__name__, _seconds.__name__ = "number", "number of seconds"
+whole_number.__name__, duration.__name__ = "number", "number of seconds"
 
 
 # History
@@ -401,7 +404,7 @@ def _history_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--events",
         metavar="N",
-        type=_count,
+        type=whole_number,
         default=20,
         help="newest events to show (%(default)s)",
     )
