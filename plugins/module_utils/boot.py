@@ -169,9 +169,8 @@ class Clocks:
             now: the clock.
         """
         fresh = frozenset(devices) - self._seen.get(target, frozenset())
-        if target not in self._began:
-            self._began[target] = self._start if expected else now
-        elif fresh and now - self._began[target] >= timeout:
+        began = self._began.setdefault(target, self._start if expected else now)
+        if fresh and now - began >= timeout:
             self._began[target] = now
         self._seen[target] = self._seen.get(target, frozenset()) | frozenset(devices)
         return now - self._began[target]

@@ -269,6 +269,19 @@ def test_degraded_is_allowed_after_the_time(scene: Scene) -> None:
     scene.drill.check(missing=["s1"], names=["alpha"])
 
 
+def test_disks_that_come_late_are_waited_for_too(scene: Scene) -> None:
+    """The first disk of an enclosure is no reason to go on without the next one."""
+    scene.configure("assemble: {degraded: allowed, timeout: 30}\ntargets: []\n")
+    scene.look(5000.0)
+    scene.attach("main-alpha", "s0")
+    assert scene.look(1.0) == 30.0
+    assert scene.active == set()
+    scene.attach("s1")
+    scene.look(1.0)
+    assert scene.active == {"alpha"}
+    scene.drill.check(names=["alpha"])
+
+
 def test_a_target_can_be_left_out_by_its_name(scene: Scene) -> None:
     scene.configure(
         "targets:\n- {name: alpha, main: /dev/main-alpha, spares: [/dev/s0, /dev/s1], "
@@ -408,6 +421,7 @@ def test_one_that_fails_keeps_no_other_from_it(
 ) -> None:
     scene.attach(*everything(scene))
     scene.drill.disk("s2").read_only = True
+    scene.look()
     scene.look(100.0)
     assert scene.active == {"alpha", "gamma"}
     assert any("read-only" in text for text in scene.errors())

@@ -188,6 +188,13 @@ def test_a_new_disk_after_the_time_lets_it_begin_anew() -> None:
     assert clocks.waited(TARGET, {"a", "b"}, True, 60, 250.0) == 70.0
 
 
+def test_the_first_disk_after_the_time_lets_it_begin_anew() -> None:
+    """The others of an enclosure that is switched on late follow in a moment."""
+    clocks = Clocks(100.0)
+    assert clocks.waited(TARGET, {"a"}, True, 60, 5000.0) == 0.0
+    assert clocks.waited(TARGET, {"a"}, True, 60, 5001.0) == 1.0
+
+
 def test_disks_are_spent_until_one_is_attached_anew() -> None:
     clocks = Clocks(0.0)
     assert not clocks.spent(TARGET, {"a", "b"})
