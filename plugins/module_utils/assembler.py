@@ -225,12 +225,20 @@ class Assembler:
         return found
 
     def _keep_own(self) -> None:
-        """Keep who the mains of the host's own targets are, as its backups tell."""
+        """Keep who the mains of the host's own targets are, as its backups tell.
+
+        Only the note of a removal lets one be forgotten. Backups that are not there may be damaged,
+        or on a file system that is mounted later by something else than fstab.
+        """
         if self._world.backups_wait_for():
             return
-        own = [one for one in self._backups.targets() if not self._backups.removed(one)]
-        newest = [self._backups.newest(target) for target in own]
-        self._keep(self._lasting, (known_of(metadata) for metadata in newest if metadata))
+        own = {known.target: known for known in self._lasting.all()}
+        for target in self._backups.targets():
+            metadata = self._backups.newest(target)
+            if metadata:
+                own[target] = known_of(metadata)
+        removed = {target for target in own if self._backups.removed(target)}
+        self._keep(self._lasting, (own[target] for target in own.keys() - removed))
 
     def _keep_others(self, found: Discovery) -> None:
         """Keep who the mains of other targets are, as long as their spares are there."""

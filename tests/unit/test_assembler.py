@@ -462,6 +462,38 @@ def test_with_the_mount_it_goes_on_at_once(scene: Scene) -> None:
 # Hiding
 
 
+@pytest.mark.parametrize("lost", ["all", "damaged"])
+def test_a_main_is_not_shown_because_its_backups_cannot_be_read(scene: Scene, lost: str) -> None:
+    """They may be on a file system that fstab does not tell of."""
+    scene.attach("main-alpha", "s0", "s1")
+    scene.look()
+    folder = Path(scene.backups().folder)
+    if lost == "all":
+        folder.rename(scene.folder / "not mounted")
+    else:
+        for path in folder.glob("*/*.slot"):
+            path.write_bytes(b"")
+    scene.stop("alpha")
+    scene.announced.clear()
+    assert scene.restart().hide_mains() == set()
+    assert {known.name for known in scene.kept("lasting").all()} == set(TARGETS)
+    scene.detach("s1")
+    scene.look()
+    assert scene.hidden[scene.drill.disk("main-alpha").devno] == "main"
+    assert scene.announced == []
+
+
+def test_a_removal_shows_the_main_also_without_backups(scene: Scene) -> None:
+    scene.attach("main-alpha", "s0", "s1")
+    scene.look()
+    shutil.rmtree(scene.backups().folder)
+    engine = scene.engine()
+    seen = engine.see("alpha", None, ("/dev/s0", "/dev/s1"))
+    engine.apply(plan_absent("alpha", seen.target, seen, True))
+    scene.look(1.0)
+    assert scene.hidden[scene.drill.disk("main-alpha").devno] == ""
+
+
 def test_the_mains_are_kept_when_all_is_assembled(scene: Scene) -> None:
     scene.attach(*everything(scene))
     scene.look()
