@@ -62,6 +62,7 @@ def known_of(metadata: Metadata) -> Known:
         metadata.target_uuid,
         name if isinstance(name, str) else "",
         tuple(of_entry(entry) for entry in entries),
+        metadata.generation,
     )
 
 
@@ -187,8 +188,9 @@ class Assembler:
         self._failures: dict[tuple[uuid.UUID, frozenset[str]], int] = {}
         self._announced: dict[str, tuple[str, str]] = {}
         self._active: frozenset[str] = frozenset()
-        # Whether the backups could not be read at the last look, because of a missing mount.
+        # Whether backups could not be read at the last look, perhaps because of a missing mount.
         self.needs_mounts = False
+        self._unmounted = False
 
     # Hiding
 
@@ -235,7 +237,7 @@ class Assembler:
         own = {known.target: known for known in self._lasting.all()}
         for target in self._backups.targets():
             metadata = self._backups.newest(target)
-            if metadata:
+            if metadata and (target not in own or own[target].generation <= metadata.generation):
                 own[target] = known_of(metadata)
         removed = {target for target in own if self._backups.removed(target)}
         self._keep(self._lasting, (own[target] for target in own.keys() - removed))
@@ -279,7 +281,7 @@ class Assembler:
         config = self._configuration()
         if config is None:
             return None
-        self.needs_mounts = bool(self._world.backups_wait_for())
+        self.needs_mounts = self._unmounted = bool(self._world.backups_wait_for())
         due = [self._handle(host, target, config) for target in found.targets]
         due.append(self._tell_of_unseen(found, config))
         self._active = frozenset(self._engine.target_names())
@@ -305,21 +307,28 @@ class Assembler:
             self._clocks.spend(target.uuid, attachments)
         policy = config.assembly_of(target.name)
         expected = self._is_known(host, target, config)
+        remembered = {known.target: known.generation for known in self._lasting.all()}
+        backup = target.uuid in host.kept
+        witness = not self._unmounted and (backup or target.uuid not in remembered)
         doubts = ((info.path, self._world.doubt_about(info.devno)) for info in infos)
         decision = decide(
             Situation(
                 target,
                 policy,
                 expected,
-                not self.needs_mounts,
+                witness,
                 self._clocks.waited(
                     target.uuid, attachments, expected, policy.timeout, self._clock()
                 ),
                 tuple(f"{path} {doubt}" for path, doubt in doubts if doubt),
                 self._clocks.spent(target.uuid, attachments),
+                backup,
+                remembered.get(target.uuid, 0),
             )
         )
         self._tell_decision(target.name or str(target.uuid), decision)
+        if decision.step is Step.WAIT and not witness:
+            self.needs_mounts = True
         if decision.step is not Step.ASSEMBLE:
             return decision.left
         if self._assemble(host, target, decision):
@@ -413,6 +422,9 @@ class Assembler:
             return True
         # While a main is being replaced, there is one more.
         if any(event.volume.endswith(stack.new_main_name("")) for event in events):
+            return True
+        # A spare that was taken out must not be all that is remembered of the target.
+        if any(e.action == "remove" and stack.SPARE_UUID.match(e.volume) for e in events):
             return True
         if any(self._is_of_a_disk(event) for event in events):
             return True

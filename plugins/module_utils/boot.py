@@ -36,6 +36,8 @@ class Situation:
         policy: how it is to be assembled.
         known: the host has used it before, or its configuration names it.
         witness: what the host knows of generations and removals can be read.
+        backup: there is a backup of it among that.
+        newest: the newest generation that the host remembers without its backups; 0 for none.
         waited: seconds since its time began.
         doubts: a sentence for each of its devices that is not to be used yet.
         spent: it was active with these very devices, or they were tried in vain.
@@ -48,6 +50,8 @@ class Situation:
     waited: float = 0.0
     doubts: tuple[str, ...] = ()
     spent: bool = False
+    backup: bool = True
+    newest: int = 0
 
 
 @dataclass(frozen=True)
@@ -102,6 +106,11 @@ def _of_a_target_of_ours(now: Situation) -> Decision:
         return _wait(now, f"waits, because {now.doubts[0]}", "attach what stands above that device")
     if found.state is State.REFUSED:
         return _wait(now, found.decision, remedy)
+    generation = found.metadata.generation if found.metadata else now.newest
+    if generation < now.newest:
+        # All spares that an old generation tells of may be there, and none of those in use now.
+        text = f"carries generation {generation}, but this host has used generation {now.newest}"
+        return _wait(now, text, "attach the spare with the newer one")
     if found.missing:
         text = f"{found.decision}, which is {policy.degraded}"
         named = ", ".join(f"{spare.index} ({spare.identity})" for spare in found.missing)
@@ -110,9 +119,11 @@ def _of_a_target_of_ours(now: Situation) -> Decision:
         )
         if now.waited < policy.timeout or policy.degraded != ALLOWED:
             return _wait(now, text, remedy)
-        if not now.witness:
+        if not (now.witness and now.backup):
             # A missing spare may have been the only one in use, and only the backups would tell.
-            return _wait(now, f"{text}, but this host's backups cannot be read", remedy)
+            remedy += "; if no spare was in use after the others, run "
+            remedy += f"dm-remap-reassemble {found.name} --degraded allowed"
+            return _wait(now, f"{text}, but no backup on this host can be read that tells", remedy)
         return Decision(Step.ASSEMBLE, f"{text} after {policy.timeout} s", degraded=True)
     if not now.witness:
         text = "waits for this host's backups, which tell of generations and removals"

@@ -447,6 +447,71 @@ def test_without_the_backups_the_whole_time_is_waited(scene: Scene) -> None:
     assert scene.active == {"alpha"}
 
 
+def lose_backups(scene: Scene) -> Path:
+    """The file system that they are on is not mounted, and fstab does not tell of it."""
+    place = scene.folder / "not mounted"
+    Path(scene.backups().folder).rename(place)
+    return place
+
+
+def test_a_mount_that_fstab_does_not_tell_of_is_waited_for(scene: Scene) -> None:
+    scene.attach("main-alpha", "s0", "s1")
+    scene.look()
+    scene.stop("alpha")
+    place = lose_backups(scene)
+    scene.restart()
+    assert scene.look(59.0) == 1.0
+    assert scene.active == set()
+    assert scene.assembler.concerns([Event(MOUNT, "", "")])
+    place.rename(scene.backups().folder)
+    scene.look(0.5)
+    assert scene.active == {"alpha"}
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_without_a_backup_nothing_is_assembled_degraded(
+    host_a: Drill, tmp_path: Path, known: bool
+) -> None:
+    """The spare that comes a second later may be the only one that was in use last."""
+    scene = make_scene(host_a, tmp_path, known)
+    scene.configure(
+        "assemble: {degraded: allowed, timeout: 30}\ntargets:\n"
+        "- {name: alpha, main: /dev/main-alpha, spares: [/dev/s0, /dev/s1]}\n"
+    )
+    if known:
+        scene.look()
+        lose_backups(scene)
+        scene.restart()
+    scene.attach("main-alpha", "s0")
+    scene.look()
+    scene.look(100.0)
+    assert scene.active == set()
+    assert any("no backup on this host" in text for text in scene.errors())
+
+
+def test_an_old_generation_is_not_assembled_without_the_backups(scene: Scene) -> None:
+    """A spare that was replaced tells of a target that was complete then."""
+    scene.attach("main-gamma", "s4")
+    scene.look()
+    target = scene.backups().of("gamma")
+    (known,) = [one for one in scene.kept("lasting").all() if one.name == "gamma"]
+    assert known.generation == target.generation
+    scene.stop("gamma")
+    lose_backups(scene)
+    scene.kept("lasting").set([replace(known, generation=target.generation + 1)])
+    scene.restart()
+    scene.look()
+    scene.look(100.0)
+    assert scene.active == set()
+    assert any(f"has used generation {target.generation + 1}" in text for text in scene.errors())
+    # The target's spare of today.
+    scene.kept("lasting").set([known])
+    scene.restart()
+    scene.look()
+    scene.look(100.0)
+    assert scene.active == {"gamma"}
+
+
 def test_with_the_mount_it_goes_on_at_once(scene: Scene) -> None:
     scene.attach("main-alpha", "s0", "s1")
     scene.unmounted = "/var"
@@ -574,6 +639,8 @@ def test_events_of_what_is_in_use_are_no_news(scene: Scene) -> None:
     assert not concerns([Event("change", "253:9", own)])
     assert not concerns([Event(MOUNT, "", "")])
     assert concerns([Event("remove", "253:9", f"{own}-new")])
+    assert not concerns([Event("remove", "253:9", f"{own}-frozen")])
+    assert concerns([Event("remove", "253:9", f"{own}-spare0")])
     assert concerns([Event("remove", spare, "")])
     assert concerns([Event("change", "8:999", "")])
     # Some events were lost.

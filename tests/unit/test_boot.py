@@ -5,10 +5,10 @@
 
 from __future__ import annotations
 
-import itertools
 import re
 import uuid
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -17,8 +17,10 @@ import yaml
 from dm_remap import fstab
 from dm_remap.boot import Clocks, Decision, Situation, Step, decide
 from dm_remap.configuration import Assembly, parse
+from dm_remap.copies import only
 from dm_remap.discovery import Missing, Problem, State, TargetFound
 from dm_remap.fstab import Mount, mounts, not_mounted_above
+from tests.unit.test_discovery import first
 
 DOC = Path(__file__).resolve().parents[2] / "docs" / "boot.md"
 TARGET = uuid.UUID(int=7)
@@ -47,6 +49,8 @@ def refused(code: str) -> TargetFound:
 
 
 BEFORE, AFTER = 59.0, 60.0
+OLD = replace(COMPLETE, choice=only(first()))
+NEWEST = first().generation + 1
 CASES = {
     "all disks are there": Situation(COMPLETE, POLICY),
     "active": Situation(ACTIVE, POLICY),
@@ -69,6 +73,15 @@ CASES = {
     ),
     "a spare is missing, time is over, `degraded: allowed`, the backups cannot be read": Situation(
         DEGRADED, ALLOWED, witness=False, waited=AFTER
+    ),
+    "a spare is missing, time is over, `degraded: allowed`, this host has no backup of the target": (
+        Situation(DEGRADED, ALLOWED, backup=False, waited=AFTER)
+    ),
+    "the disks are older than what the host remembers of the target": Situation(
+        OLD, POLICY, witness=False, newest=NEWEST, waited=BEFORE
+    ),
+    "the disks are older than what the host remembers of the target, time is over": Situation(
+        OLD, ALLOWED, witness=False, newest=NEWEST, waited=AFTER
     ),
     "a disk that udev has not finished with": Situation(
         COMPLETE, POLICY, doubts=("/dev/sdb is not known to udev yet",)
@@ -113,10 +126,12 @@ def test_a_decision_says_why_and_what_helps(name: str) -> None:
     assert (decision.left is not None) == (decision.step is Step.WAIT)
 
 
-FOUND = (COMPLETE, ACTIVE, DEGRADED, UNPROVED, refused("removed"), refused("missing_main"))
+FOUND = (COMPLETE, OLD, ACTIVE, DEGRADED, UNPROVED, refused("removed"), refused("missing_main"))
 SITUATIONS = [
-    Situation(found, Assembly(auto, degraded, 60), known, witness, waited, doubts, spent)
-    for found, auto, degraded, known, witness, waited, doubts, spent in itertools.product(
+    Situation(
+        found, Assembly(auto, degraded, 60), known, witness, waited, doubts, spent, backup, newest
+    )
+    for found, auto, degraded, known, witness, waited, doubts, spent, backup, newest in product(
         FOUND,
         (False, True),
         ("never", "allowed"),
@@ -125,6 +140,8 @@ SITUATIONS = [
         (0.0, 59.9, 60.0, 1e6),
         ((), ("/dev/sdb is not known to udev yet",)),
         (False, True),
+        (False, True),
+        (0, NEWEST),
     )
 ]
 
@@ -145,6 +162,8 @@ def test_nothing_is_assembled_that_must_not_be() -> None:
             assert now.policy.degraded == "allowed", now
             assert late, now
             assert now.witness, now
+            assert now.backup, now
+        assert now.found is not OLD or not now.newest, now
         assert now.witness or late, now
 
 
