@@ -218,6 +218,9 @@ class Assembler:
         known = [*self._lasting.all(), *self._passing.all()]
         found = set()
         for info, role in roles_of(devices, known):
+            if role.kind == info.hidden:
+                # Should it change later, that is something new to ask for.
+                self._announced.pop(info.devno, None)
             asked = (self._world.attachment_of(info.devno), role.kind)
             # Where udev does not do as it is told, asking again and again would never end.
             if role.kind != info.hidden and self._announced.get(info.devno) != asked:

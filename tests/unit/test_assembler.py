@@ -587,6 +587,17 @@ def test_udev_is_not_asked_for_ever(scene: Scene) -> None:
     )
 
 
+def test_a_main_that_is_shown_again_is_hidden_again(scene: Scene) -> None:
+    """An event whose rule failed must not be the last word."""
+    scene.attach("main-alpha", "s0")
+    main = scene.drill.disk("main-alpha")
+    for _turn in range(2):
+        scene.hidden[main.devno] = ""
+        scene.look(1.0)
+        assert scene.hidden[main.devno] == "main"
+        scene.look(1.0)
+
+
 # The loop
 
 
