@@ -36,8 +36,12 @@ def candidates(path: str, sectors: int) -> list[int]:
     """
     if sectors < SMALLEST_FAR_SECTORS:
         return []
-    found = []
-    device = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    found: list[int] = []
+    try:
+        device = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    except OSError:
+        # It may be a known main all the same.
+        return found
     try:
         for sector in (*NEAR_SECTORS, *far_sectors(sectors)):
             if os.pread(device, len(MAGIC), sector * SECTOR_BYTES) == MAGIC:

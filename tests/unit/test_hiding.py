@@ -272,6 +272,15 @@ def test_a_known_main_is_hidden(tmp_path: Path) -> None:
     assert device.look(KNOWN, **{**own, "ID_SERIAL_SHORT": "another"}) == {}
 
 
+def test_a_known_main_that_cannot_be_opened_is_hidden(tmp_path: Path) -> None:
+    """A disk that spins up, or fails, may be read by the time that it is mounted."""
+    device = Device(tmp_path, MAIN_SECTORS)
+    device.image.unlink()
+    own = {"ID_SERIAL_SHORT": MAIN.serial, "ID_MODEL": MAIN.model}
+    assert device.look(KNOWN, **own)["DM_REMAP_ROLE"] == "main"
+    assert device.look(KNOWN, ID_SERIAL_SHORT="another") == {}
+
+
 def test_partitions_are_hidden_with_their_disk(tmp_path: Path) -> None:
     device = Device(tmp_path, 2048)
     assert device.look(DM_REMAP_PART="main", ID_FS_TYPE="ext4")["DM_REMAP_ROLE"] == "main"
