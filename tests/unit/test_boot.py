@@ -234,7 +234,9 @@ LABEL="a\040b"    /srv\0401  xfs   nofail              0 2
 /dev/mapper/data  /var       ext4  defaults,nofail     0 2
 /dev/mapper/x     /var/lib   ext4  noauto              0 2
 PARTUUID=34       /mnt/      ext4  x-systemd.automount 0 2
+PARTLABEL=c       /parted    ext4  defaults            0 2
 UUID=56           none       swap  sw                  0 0
+/srv/opt          /opt       none  bind                0 0
 proc              /proc      proc  defaults            0 0
 server:/export    /nfs       nfs   defaults            0 0
 broken            /line
@@ -248,6 +250,7 @@ def test_lines_of_fstab_that_mount_devices() -> None:
         Mount("/dev/mapper/data", "/var", True),
         Mount("/dev/mapper/x", "/var/lib", False),
         Mount("/dev/disk/by-partuuid/34", "/mnt/", False),
+        Mount("/dev/disk/by-partlabel/c", "/parted", True),
     ]
 
 
@@ -260,6 +263,9 @@ def test_lines_of_fstab_that_mount_devices() -> None:
         ("/var", {"/"}, "/var"),
         ("/etc", {"/"}, ""),
         ("/srv 1/x", {"/"}, "/srv 1"),
+        ("/parted", {"/"}, "/parted"),
+        ("/opt/x", {"/"}, "/opt"),
+        ("/nfs", {"/"}, "/nfs"),
     ],
 )
 def test_the_mount_that_a_path_waits_for(path: str, mounted: set[str], missing: str) -> None:
