@@ -16,6 +16,7 @@ from dataclasses import dataclass
 
 from .configuration import ALLOWED, Assembly
 from .discovery import State, TargetFound
+from .fingerprint import PROOFS, of_entry
 
 
 class Step(enum.Enum):
@@ -111,6 +112,15 @@ def _of_a_target_of_ours(now: Situation) -> Decision:
         # All spares that an old generation tells of may be there, and none of those in use now.
         text = f"carries generation {generation}, but this host has used generation {now.newest}"
         return _wait(now, text, "attach the spare with the newer one")
+    copied = _lost_its_proof(found)
+    if copied:
+        return _wait(
+            now,
+            f"{copied} claims to be a spare, but does not show the serial number or WWN that is "
+            "recorded of that; it may be a copy with older data",
+            f"attach the spare itself; or, if that is it, run dm-remap-reassemble {found.name} "
+            f"--use {copied}",
+        )
     if found.missing:
         text = f"{found.decision}, which is {policy.degraded}"
         named = ", ".join(f"{spare.index} ({spare.identity})" for spare in found.missing)
@@ -137,6 +147,20 @@ def _of_a_target_of_ours(now: Situation) -> Decision:
         if late.step is Step.WAIT:
             return late
     return Decision(Step.ASSEMBLE, found.decision)
+
+
+def _lost_its_proof(found: TargetFound) -> str:
+    """Path of a spare that nothing proves although there was a proof when it was recorded, or "".
+
+    An image of a spare is all that the spare was, but for that.
+    """
+    doubtful = {p.device for p in found.problems if p.code == "unproved_spare"}
+    for index, info in found.spares.items():
+        if info.path in doubtful and found.metadata:
+            recorded = of_entry(found.metadata.config["spares"][index])
+            if any(getattr(recorded, name) for name in PROOFS):
+                return info.path
+    return ""
 
 
 def _wait(now: Situation, reason: str, remedy: str) -> Decision:

@@ -315,6 +315,24 @@ def test_a_target_of_the_configuration_that_nothing_tells_of_is_reported(scene: 
     assert error.startswith("lost: ")
 
 
+@pytest.mark.parametrize("degraded", ["never", "allowed"])
+def test_an_image_of_a_spare_is_not_taken_for_it(scene: Scene, degraded: str) -> None:
+    """Data on the spare is newer than its image without any new generation."""
+    scene.configure(f"assemble: {{degraded: {degraded}, timeout: 30}}\ntargets: []\n")
+    image = scene.away["s0"].clone()
+    image.serial, image.path, image.devno = "", "/dev/loop0", "7:0"
+    scene.drill.kernel.disks[image.path] = image
+    scene.attach("main-alpha", "s1")
+    scene.look()
+    assert scene.look(100.0) is None
+    assert scene.active == set()
+    assert any("--use /dev/loop0" in text for text in scene.errors())
+    scene.attach("s0")
+    scene.look(1.0)
+    assert scene.active == {"alpha"}
+    scene.drill.check(names=["alpha"])
+
+
 # Targets of other hosts
 
 

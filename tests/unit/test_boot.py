@@ -20,7 +20,7 @@ from dm_remap.configuration import Assembly, parse
 from dm_remap.copies import only
 from dm_remap.discovery import Missing, Problem, State, TargetFound
 from dm_remap.fstab import Mount, mounts, not_mounted_above
-from tests.unit.test_discovery import first
+from tests.unit.test_discovery import disk_info, first
 
 DOC = Path(__file__).resolve().parents[2] / "docs" / "boot.md"
 TARGET = uuid.UUID(int=7)
@@ -51,6 +51,7 @@ def refused(code: str) -> TargetFound:
 BEFORE, AFTER = 59.0, 60.0
 OLD = replace(COMPLETE, choice=only(first()))
 NEWEST = first().generation + 1
+COPIED = replace(UNPROVED, choice=only(first()), spares={0: disk_info(1)})
 CASES = {
     "all disks are there": Situation(COMPLETE, POLICY),
     "active": Situation(ACTIVE, POLICY),
@@ -92,6 +93,12 @@ CASES = {
     ),
     "a spare without serial number": Situation(UNPROVED, POLICY, waited=BEFORE),
     "a spare without serial number, time is over": Situation(UNPROVED, POLICY, waited=AFTER),
+    "a spare that shows no serial number, though one is recorded": Situation(
+        COPIED, ALLOWED, waited=BEFORE
+    ),
+    "a spare that shows no serial number, though one is recorded, time is over": Situation(
+        COPIED, ALLOWED, waited=AFTER
+    ),
     "the backups cannot be read yet": Situation(COMPLETE, POLICY, witness=False, waited=BEFORE),
     "the backups cannot be read, time is over": Situation(
         COMPLETE, POLICY, witness=False, waited=AFTER
@@ -126,7 +133,7 @@ def test_a_decision_says_why_and_what_helps(name: str) -> None:
     assert (decision.left is not None) == (decision.step is Step.WAIT)
 
 
-FOUND = (COMPLETE, OLD, ACTIVE, DEGRADED, UNPROVED, refused("removed"), refused("missing_main"))
+FOUND = (COMPLETE, OLD, COPIED, ACTIVE, DEGRADED, UNPROVED, refused("removed"), refused("missing_main"))
 SITUATIONS = [
     Situation(
         found, Assembly(auto, degraded, 60), known, witness, waited, doubts, spent, backup, newest
@@ -163,6 +170,7 @@ def test_nothing_is_assembled_that_must_not_be() -> None:
             assert late, now
             assert now.witness, now
             assert now.backup, now
+        assert now.found is not COPIED, now
         assert now.found is not OLD or not now.newest, now
         assert now.witness or late, now
 
