@@ -44,8 +44,9 @@ ERROR, WARNING, INFO = 3, 4, 6
 TRIES, RETRY_SECONDS = 3, 2.0
 # A disk and its partitions appear one after the other, and one look does for all.
 QUIET_SECONDS, QUIET_LIMIT = 0.2, 2.0
-# udev needs a fraction of it to look at a disk again.
-HIDING_SECONDS = 10.0
+# udev needs a fraction of a second to look at a disk again, but at boot it looks at all of them.
+# What waits for this is started then, whether mains are hidden or not. The unit's time is longer.
+HIDING_SECONDS = 120.0
 # The action of an event that tells of mounts, not of a device.
 MOUNT = "mount"
 
@@ -200,7 +201,11 @@ class Assembler:
         That happens where udev has looked at a main before its rule was there, as in an initial
         RAM disk.
         """
-        self._keep_own()
+        try:
+            self._keep_own()
+        except Exception as error:
+            # Those that are kept already can be hidden all the same.
+            self._say(ERROR, f"the backups cannot be understood: {error!r}")
         if not self._lasting.all():
             return set()
         return self._announce(
@@ -208,6 +213,12 @@ class Assembler:
             for listed in self._world.list_devices()
             if listed.info.hidden != SPARE
         )
+
+    def tell_of_shown(self, devnos: Iterable[str]) -> None:
+        """Report devices that udev was to hide and has not looked at yet."""
+        for devno in sorted(devnos):
+            text = f"udev has not looked again at device {devno}, which is a target's main"
+            self._say(ERROR, f"{text}, so it may be mounted in the target's place")
 
     def _announce(self, devices: Iterable[tuple[DeviceInfo, uuid.UUID | None]]) -> set[str]:
         """Let udev look again at devices that are not hidden as they should be; their numbers.
@@ -492,6 +503,7 @@ def serve(
     assembler: Assembler,
     hear: Callable[[float | None], Sequence[Event] | None],
     ready: Callable[[], None],
+    check: Callable[[], None] = lambda: None,
     clock: Callable[[], float] = time.monotonic,
 ) -> None:
     """Look, and look again when something has happened, until the service is to end.
@@ -500,6 +512,7 @@ def serve(
         assembler: looks and acts.
         hear: see `Ear.hear`.
         ready: called once nothing known can be mounted by mistake any more.
+        check: raises where nothing can be assembled. Mains are hidden all the same.
         clock: seconds that only rise.
     """
     asked, end = assembler.hide_mains(), clock() + HIDING_SECONDS
@@ -508,7 +521,9 @@ def serve(
         if events is None:
             return
         asked -= {event.devno for event in events}
+    assembler.tell_of_shown(asked)
     ready()
+    check()
     while True:
         left = assembler.look()
         due = None if left is None else clock() + left
@@ -533,9 +548,9 @@ def main() -> int:
             signal.signal(number, lambda _number, _frame: wake())
         try:
             engine = Engine(progress=lambda text: _say(INFO, text))
-            engine.check_host()
+            assembler = Assembler(engine, Computer(), _say)
             ear = Ear(Monitor(), stop)
-            serve(Assembler(engine, Computer(), _say), ear.hear, lambda: notify("READY=1"))
+            serve(assembler, ear.hear, lambda: notify("READY=1"), engine.check_host)
         except DmRemapError as error:
             _say(ERROR, str(error))
             return 1

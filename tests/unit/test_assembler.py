@@ -634,8 +634,14 @@ def test_the_service_is_ready_when_nothing_can_be_mounted_by_mistake(scene: Scen
         happened.append("hear")
         return next(answers)
 
-    serve(scene.restart(), hear, lambda: happened.append("ready"), lambda: scene.now)
-    assert happened == ["hear", "hear", "ready", "hear"]
+    serve(
+        scene.restart(),
+        hear,
+        lambda: happened.append("ready"),
+        lambda: happened.append("check"),
+        lambda: scene.now,
+    )
+    assert happened == ["hear", "hear", "ready", "check", "hear"]
 
 
 def test_the_service_looks_again_when_time_is_over(scene: Scene) -> None:
@@ -650,10 +656,37 @@ def test_the_service_looks_again_when_time_is_over(scene: Scene) -> None:
         scene.now += seconds
         return []
 
-    serve(scene.assembler, hear, lambda: None, lambda: scene.now)
+    serve(scene.assembler, hear, lambda: None, clock=lambda: scene.now)
     # First it waited for udev, which did not tell of the main.
-    assert waits == [10.0, 20.0, None]
+    assert waits == [120.0, 30.0, None]
     assert scene.active == {"alpha"}
+    (error,) = scene.errors()
+    assert scene.drill.disk("main-alpha").devno in error
+
+
+def test_mains_are_hidden_also_where_nothing_can_be_assembled(
+    scene: Scene, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A kernel without dm-integrity, or backups that nobody understands."""
+    scene.attach("main-alpha", "s0", "s1")
+    scene.look()
+    scene.hidden.clear()
+
+    def fail(*_arguments: object) -> None:
+        raise Refused("missing")
+
+    monkeypatch.setattr(Backups, "newest", fail)
+    happened: list[str] = []
+    with pytest.raises(Refused):
+        serve(
+            scene.restart(),
+            lambda _seconds: [Event("change", devno, "") for devno in scene.announced],
+            lambda: happened.append("ready"),
+            fail,
+            lambda: scene.now,
+        )
+    assert happened == ["ready"]
+    assert scene.hidden == {scene.drill.disk("main-alpha").devno: "main"}
 
 
 def test_events_of_what_is_in_use_are_no_news(scene: Scene) -> None:
