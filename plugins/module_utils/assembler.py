@@ -304,7 +304,8 @@ class Assembler:
 
     def _configuration(self) -> Configuration | None:
         """The configuration; None, with the reason in the log, where it cannot be used."""
-        if not os.path.exists(self._config):
+        # A link that leads nowhere is one: what it leads to may not be mounted yet.
+        if not os.path.lexists(self._config):
             return Configuration(self._config, ())
         try:
             return configuration.load(self._config)

@@ -306,6 +306,16 @@ def test_nothing_is_assembled_with_a_faulty_configuration(scene: Scene) -> None:
     assert scene.active == set(TARGETS)
 
 
+def test_nothing_is_assembled_with_a_link_to_a_configuration_that_is_not_there(
+    scene: Scene,
+) -> None:
+    (scene.folder / "config.yaml").symlink_to(scene.folder / "not mounted" / "config.yaml")
+    scene.attach(*everything(scene))
+    scene.look(100.0)
+    assert scene.active == set()
+    assert "nothing is assembled" in scene.errors()[0]
+
+
 def test_a_target_of_the_configuration_that_nothing_tells_of_is_reported(scene: Scene) -> None:
     scene.configure("targets:\n- {name: lost, main: /dev/x, spares: [/dev/y]}\n")
     assert scene.look(59.0) == 1.0
