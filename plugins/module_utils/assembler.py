@@ -338,7 +338,8 @@ class Assembler:
                 tuple(f"{path} {doubt}" for path, doubt in doubts if doubt),
                 self._clocks.spent(target.uuid, attachments),
                 backup,
-                remembered.get(target.uuid, 0),
+                # A backup that is damaged says by its name how far the host has got.
+                max(remembered.get(target.uuid, 0), *self._backups.generations(target.uuid), 0),
             )
         )
         self._tell_decision(target.name or str(target.uuid), decision)

@@ -540,6 +540,19 @@ def test_an_old_generation_is_not_assembled_without_the_backups(scene: Scene) ->
     assert scene.active == {"gamma"}
 
 
+def test_a_damaged_backup_still_tells_its_generation(scene: Scene) -> None:
+    """Without it, the one before would be the witness."""
+    scene.configure("assemble: {degraded: allowed, timeout: 30}\ntargets: []\n")
+    target = scene.backups().of("alpha")
+    folder = Path(scene.backups().folder) / str(target.target_uuid)
+    (folder / f"{target.generation + 1:020d}.slot").write_bytes(b"")
+    scene.attach("main-alpha", "s0")
+    scene.look()
+    scene.look(100.0)
+    assert scene.active == set()
+    assert any(f"has used generation {target.generation + 1}" in text for text in scene.errors())
+
+
 def test_with_the_mount_it_goes_on_at_once(scene: Scene) -> None:
     scene.attach("main-alpha", "s0", "s1")
     scene.unmounted = "/var"
