@@ -26,7 +26,7 @@ from .boot import Clocks, Decision, Situation, Step, decide
 from .cli.text import clean
 from .configuration import Configuration
 from .discovery import Discovery, Host, State, TargetFound
-from .engine import Engine
+from .engine import Engine, host_id
 from .errors import DmRemapError
 from .fingerprint import of_entry
 from .first_look import LASTING, PASSING
@@ -65,6 +65,11 @@ def known_of(metadata: Metadata) -> Known:
         tuple(of_entry(entry) for entry in entries),
         metadata.generation,
     )
+
+
+def _was_elsewhere(target: TargetFound) -> bool:
+    """Whether another host has committed what a target is found with."""
+    return target.metadata is not None and target.metadata.host_id != host_id()
 
 
 class World(Protocol):
@@ -337,7 +342,7 @@ class Assembler:
                 ),
                 tuple(f"{path} {doubt}" for path, doubt in doubts if doubt),
                 self._clocks.spent(target.uuid, attachments),
-                backup,
+                backup and not _was_elsewhere(target),
                 # A backup that is damaged says by its name how far the host has got.
                 max(remembered.get(target.uuid, 0), *self._backups.generations(target.uuid), 0),
             )

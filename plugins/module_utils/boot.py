@@ -37,7 +37,7 @@ class Situation:
         policy: how it is to be assembled.
         known: the host has used it before, or its configuration names it.
         witness: what the host knows of generations and removals can be read.
-        backup: there is a backup of it among that.
+        backup: there is a backup of it among that, and no other host has used it since.
         newest: the newest generation that the host remembers without its backups; 0 for none.
         waited: seconds since its time began.
         doubts: a sentence for each of its devices that is not to be used yet.

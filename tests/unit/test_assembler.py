@@ -8,6 +8,7 @@ from __future__ import annotations
 import itertools
 import random
 import shutil
+import uuid
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -515,6 +516,21 @@ def test_without_a_backup_nothing_is_assembled_degraded(
     scene.look(100.0)
     assert scene.active == set()
     assert any("no backup on this host" in text for text in scene.errors())
+
+
+def test_what_another_host_used_last_is_not_assembled_degraded(
+    scene: Scene, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What it has committed since, this host's backups do not tell."""
+    scene.configure("assemble: {degraded: allowed, timeout: 30}\ntargets: []\n")
+    monkeypatch.setattr("dm_remap.assembler.host_id", lambda: uuid.UUID(int=5))
+    scene.attach("main-alpha", "s0")
+    scene.look()
+    scene.look(100.0)
+    assert scene.active == set()
+    scene.attach("s1")
+    scene.look(1.0)
+    assert scene.active == {"alpha"}
 
 
 def test_an_old_generation_is_not_assembled_without_the_backups(scene: Scene) -> None:

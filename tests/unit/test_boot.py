@@ -75,8 +75,9 @@ CASES = {
     "a spare is missing, time is over, `degraded: allowed`, the backups cannot be read": Situation(
         DEGRADED, ALLOWED, witness=False, waited=AFTER
     ),
-    "a spare is missing, time is over, `degraded: allowed`, this host has no backup of the target": (
-        Situation(DEGRADED, ALLOWED, backup=False, waited=AFTER)
+    "a spare is missing, time is over, `degraded: allowed`, this host has no backup of the target, "
+    "or another one has used it last": Situation(
+        DEGRADED, ALLOWED, backup=False, waited=AFTER
     ),
     "the disks are older than what the host remembers of the target": Situation(
         OLD, POLICY, witness=False, newest=NEWEST, waited=BEFORE
