@@ -76,9 +76,7 @@ CASES = {
         DEGRADED, ALLOWED, witness=False, waited=AFTER
     ),
     "a spare is missing, time is over, `degraded: allowed`, this host has no backup of the target, "
-    "or another one has used it last": Situation(
-        DEGRADED, ALLOWED, backup=False, waited=AFTER
-    ),
+    "or another one has used it last": Situation(DEGRADED, ALLOWED, backup=False, waited=AFTER),
     "the disks are older than what the host remembers of the target": Situation(
         OLD, POLICY, witness=False, newest=NEWEST, waited=BEFORE
     ),
@@ -134,7 +132,16 @@ def test_a_decision_says_why_and_what_helps(name: str) -> None:
     assert (decision.left is not None) == (decision.step is Step.WAIT)
 
 
-FOUND = (COMPLETE, OLD, COPIED, ACTIVE, DEGRADED, UNPROVED, refused("removed"), refused("missing_main"))
+FOUND = (
+    COMPLETE,
+    OLD,
+    COPIED,
+    ACTIVE,
+    DEGRADED,
+    UNPROVED,
+    refused("removed"),
+    refused("missing_main"),
+)
 SITUATIONS = [
     Situation(
         found, Assembly(auto, degraded, 60), known, witness, waited, doubts, spent, backup, newest
