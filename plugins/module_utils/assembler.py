@@ -26,7 +26,7 @@ from .boot import Clocks, Decision, Situation, Step, decide
 from .cli.text import clean
 from .configuration import Configuration
 from .discovery import Discovery, Host, State, TargetFound
-from .engine import Engine
+from .engine import Engine, host_id
 from .errors import DmRemapError
 from .fingerprint import of_entry
 from .first_look import LASTING, PASSING
@@ -44,8 +44,9 @@ ERROR, WARNING, INFO = 3, 4, 6
 TRIES, RETRY_SECONDS = 3, 2.0
 # A disk and its partitions appear one after the other, and one look does for all.
 QUIET_SECONDS, QUIET_LIMIT = 0.2, 2.0
-# udev needs a fraction of it to look at a disk again.
-HIDING_SECONDS = 10.0
+# udev needs a fraction of a second to look at a disk again, but at boot it looks at all of them.
+# What waits for this is started then, whether mains are hidden or not. The unit's time is longer.
+HIDING_SECONDS = 120.0
 # The action of an event that tells of mounts, not of a device.
 MOUNT = "mount"
 
@@ -62,7 +63,13 @@ def known_of(metadata: Metadata) -> Known:
         metadata.target_uuid,
         name if isinstance(name, str) else "",
         tuple(of_entry(entry) for entry in entries),
+        metadata.generation,
     )
+
+
+def _was_elsewhere(target: TargetFound) -> bool:
+    """Whether another host has committed what a target is found with."""
+    return target.metadata is not None and target.metadata.host_id != host_id()
 
 
 class World(Protocol):
@@ -187,8 +194,9 @@ class Assembler:
         self._failures: dict[tuple[uuid.UUID, frozenset[str]], int] = {}
         self._announced: dict[str, tuple[str, str]] = {}
         self._active: frozenset[str] = frozenset()
-        # Whether the backups could not be read at the last look, because of a missing mount.
+        # Whether backups could not be read at the last look, perhaps because of a missing mount.
         self.needs_mounts = False
+        self._unmounted = False
 
     # Hiding
 
@@ -198,7 +206,11 @@ class Assembler:
         That happens where udev has looked at a main before its rule was there, as in an initial
         RAM disk.
         """
-        self._keep_own()
+        try:
+            self._keep_own()
+        except Exception as error:
+            # Those that are kept already can be hidden all the same.
+            self._say(ERROR, f"the backups cannot be understood: {error!r}")
         if not self._lasting.all():
             return set()
         return self._announce(
@@ -206,6 +218,12 @@ class Assembler:
             for listed in self._world.list_devices()
             if listed.info.hidden != SPARE
         )
+
+    def tell_of_shown(self, devnos: Iterable[str]) -> None:
+        """Report devices that udev was to hide and has not looked at yet."""
+        for devno in sorted(devnos):
+            text = f"udev has not looked again at device {devno}, which is a target's main"
+            self._say(ERROR, f"{text}, so it may be mounted in the target's place")
 
     def _announce(self, devices: Iterable[tuple[DeviceInfo, uuid.UUID | None]]) -> set[str]:
         """Let udev look again at devices that are not hidden as they should be; their numbers.
@@ -216,6 +234,9 @@ class Assembler:
         known = [*self._lasting.all(), *self._passing.all()]
         found = set()
         for info, role in roles_of(devices, known):
+            if role.kind == info.hidden:
+                # Should it change later, that is something new to ask for.
+                self._announced.pop(info.devno, None)
             asked = (self._world.attachment_of(info.devno), role.kind)
             # Where udev does not do as it is told, asking again and again would never end.
             if role.kind != info.hidden and self._announced.get(info.devno) != asked:
@@ -225,12 +246,20 @@ class Assembler:
         return found
 
     def _keep_own(self) -> None:
-        """Keep who the mains of the host's own targets are, as its backups tell."""
+        """Keep who the mains of the host's own targets are, as its backups tell.
+
+        Only the note of a removal lets one be forgotten. Backups that are not there may be damaged,
+        or on a file system that is mounted later by something else than fstab.
+        """
         if self._world.backups_wait_for():
             return
-        own = [one for one in self._backups.targets() if not self._backups.removed(one)]
-        newest = [self._backups.newest(target) for target in own]
-        self._keep(self._lasting, (known_of(metadata) for metadata in newest if metadata))
+        own = {known.target: known for known in self._lasting.all()}
+        for target in self._backups.targets():
+            metadata = self._backups.newest(target)
+            if metadata and (target not in own or own[target].generation <= metadata.generation):
+                own[target] = known_of(metadata)
+        removed = {target for target in own if self._backups.removed(target)}
+        self._keep(self._lasting, (own[target] for target in own.keys() - removed))
 
     def _keep_others(self, found: Discovery) -> None:
         """Keep who the mains of other targets are, as long as their spares are there."""
@@ -271,7 +300,7 @@ class Assembler:
         config = self._configuration()
         if config is None:
             return None
-        self.needs_mounts = bool(self._world.backups_wait_for())
+        self.needs_mounts = self._unmounted = bool(self._world.backups_wait_for())
         due = [self._handle(host, target, config) for target in found.targets]
         due.append(self._tell_of_unseen(found, config))
         self._active = frozenset(self._engine.target_names())
@@ -280,7 +309,8 @@ class Assembler:
 
     def _configuration(self) -> Configuration | None:
         """The configuration; None, with the reason in the log, where it cannot be used."""
-        if not os.path.exists(self._config):
+        # A link that leads nowhere is one: what it leads to may not be mounted yet.
+        if not os.path.lexists(self._config):
             return Configuration(self._config, ())
         try:
             return configuration.load(self._config)
@@ -297,21 +327,29 @@ class Assembler:
             self._clocks.spend(target.uuid, attachments)
         policy = config.assembly_of(target.name)
         expected = self._is_known(host, target, config)
+        remembered = {known.target: known.generation for known in self._lasting.all()}
+        backup = target.uuid in host.kept
+        witness = not self._unmounted and (backup or target.uuid not in remembered)
         doubts = ((info.path, self._world.doubt_about(info.devno)) for info in infos)
         decision = decide(
             Situation(
                 target,
                 policy,
                 expected,
-                not self.needs_mounts,
+                witness,
                 self._clocks.waited(
                     target.uuid, attachments, expected, policy.timeout, self._clock()
                 ),
                 tuple(f"{path} {doubt}" for path, doubt in doubts if doubt),
                 self._clocks.spent(target.uuid, attachments),
+                backup and not _was_elsewhere(target),
+                # A backup that is damaged says by its name how far the host has got.
+                max(remembered.get(target.uuid, 0), *self._backups.generations(target.uuid), 0),
             )
         )
         self._tell_decision(target.name or str(target.uuid), decision)
+        if decision.step is Step.WAIT and not witness:
+            self.needs_mounts = True
         if decision.step is not Step.ASSEMBLE:
             return decision.left
         if self._assemble(host, target, decision):
@@ -406,6 +444,9 @@ class Assembler:
         # While a main is being replaced, there is one more.
         if any(event.volume.endswith(stack.new_main_name("")) for event in events):
             return True
+        # A spare that was taken out must not be all that is remembered of the target.
+        if any(e.action == "remove" and stack.SPARE_UUID.match(e.volume) for e in events):
+            return True
         if any(self._is_of_a_disk(event) for event in events):
             return True
         if not any(stack.TARGET_UUID.match(event.volume) for event in events):
@@ -469,6 +510,7 @@ def serve(
     assembler: Assembler,
     hear: Callable[[float | None], Sequence[Event] | None],
     ready: Callable[[], None],
+    check: Callable[[], None] = lambda: None,
     clock: Callable[[], float] = time.monotonic,
 ) -> None:
     """Look, and look again when something has happened, until the service is to end.
@@ -477,6 +519,7 @@ def serve(
         assembler: looks and acts.
         hear: see `Ear.hear`.
         ready: called once nothing known can be mounted by mistake any more.
+        check: raises where nothing can be assembled. Mains are hidden all the same.
         clock: seconds that only rise.
     """
     asked, end = assembler.hide_mains(), clock() + HIDING_SECONDS
@@ -485,7 +528,9 @@ def serve(
         if events is None:
             return
         asked -= {event.devno for event in events}
+    assembler.tell_of_shown(asked)
     ready()
+    check()
     while True:
         left = assembler.look()
         due = None if left is None else clock() + left
@@ -510,9 +555,9 @@ def main() -> int:
             signal.signal(number, lambda _number, _frame: wake())
         try:
             engine = Engine(progress=lambda text: _say(INFO, text))
-            engine.check_host()
+            assembler = Assembler(engine, Computer(), _say)
             ear = Ear(Monitor(), stop)
-            serve(Assembler(engine, Computer(), _say), ear.hear, lambda: notify("READY=1"))
+            serve(assembler, ear.hear, lambda: notify("READY=1"), engine.check_host)
         except DmRemapError as error:
             _say(ERROR, str(error))
             return 1

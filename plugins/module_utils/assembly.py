@@ -14,6 +14,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 from . import copies
+from .blockdev import DeviceInfo
 from .discovery import Discovery, Host, Overrides, State, TargetFound
 from .errors import DmRemapError, Refused
 from .planner import ActiveTarget, Plan, Request, Seen, plan_present
@@ -213,12 +214,12 @@ def plan_of(target: TargetFound, request: Request, seen: Seen) -> Plan:
         raise _changed(target)
     plan = plan_present(request, seen)
     surveys = {c.info.path: c.survey for c in seen.candidates}
-    metadata, main = target.metadata, target.new_main or target.main
+    metadata = target.metadata
     if (
         metadata is None
         or copies.choose(surveys).metadata.digest != metadata.digest
-        or _numbers(plan.spares) != _numbers(target.spares)
-        or not (seen.main and main and seen.main.devno == main.devno)
+        or _who(plan.spares) != _who(target.spares)
+        or _who({0: plan.main, 1: plan.replacement}) != _who({0: target.main, 1: target.new_main})
     ):
         raise _changed(target)
     if plan.replacement:
@@ -230,8 +231,16 @@ def plan_of(target: TargetFound, request: Request, seen: Seen) -> Plan:
     return plan
 
 
-def _numbers(spares: Mapping[int, Any]) -> dict[int, str]:
-    return {index: info.devno for index, info in spares.items()}
+def _who(devices: Mapping[int, DeviceInfo | None]) -> dict[int, tuple[str, ...]]:
+    """What devices were decided on by. A number alone may be another disk's by now.
+
+    The plan lets a device through of which udev knows nothing yet, because nothing contradicts.
+    """
+    return {
+        index: (info.devno, info.serial, info.wwn, info.volume, info.partuuid)
+        for index, info in devices.items()
+        if info
+    }
 
 
 def _changed(target: TargetFound) -> Refused:

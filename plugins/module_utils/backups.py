@@ -138,9 +138,9 @@ class Backups:
         Raises:
             OSError: it could not be noted.
         """
-        if os.path.isdir(self._of(target)):
-            with open(self.removal(target), "wb") as file:
-                os.fsync(file.fileno())
+        os.makedirs(self._of(target), mode=0o700, exist_ok=True)
+        with open(self.removal(target), "wb") as file:
+            os.fsync(file.fileno())
 
     def removal(self, target: uuid.UUID) -> str:
         """Path of the file that notes a target's removal."""

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 
 from .configuration import ALLOWED, Assembly
 from .discovery import State, TargetFound
+from .fingerprint import PROOFS, of_entry
 
 
 class Step(enum.Enum):
@@ -36,6 +37,8 @@ class Situation:
         policy: how it is to be assembled.
         known: the host has used it before, or its configuration names it.
         witness: what the host knows of generations and removals can be read.
+        backup: there is a backup of it among that, and no other host has used it since.
+        newest: the newest generation that the host remembers without its backups; 0 for none.
         waited: seconds since its time began.
         doubts: a sentence for each of its devices that is not to be used yet.
         spent: it was active with these very devices, or they were tried in vain.
@@ -48,6 +51,8 @@ class Situation:
     waited: float = 0.0
     doubts: tuple[str, ...] = ()
     spent: bool = False
+    backup: bool = True
+    newest: int = 0
 
 
 @dataclass(frozen=True)
@@ -102,6 +107,20 @@ def _of_a_target_of_ours(now: Situation) -> Decision:
         return _wait(now, f"waits, because {now.doubts[0]}", "attach what stands above that device")
     if found.state is State.REFUSED:
         return _wait(now, found.decision, remedy)
+    generation = found.metadata.generation if found.metadata else now.newest
+    if generation < now.newest:
+        # All spares that an old generation tells of may be there, and none of those in use now.
+        text = f"carries generation {generation}, but this host has used generation {now.newest}"
+        return _wait(now, text, "attach the spare with the newer one")
+    copied = _lost_its_proof(found)
+    if copied:
+        return _wait(
+            now,
+            f"{copied} claims to be a spare, but does not show the serial number or WWN that is "
+            "recorded of that; it may be a copy with older data",
+            f"attach the spare itself; or, if that is it, run dm-remap-reassemble {found.name} "
+            f"--use {copied}",
+        )
     if found.missing:
         text = f"{found.decision}, which is {policy.degraded}"
         named = ", ".join(f"{spare.index} ({spare.identity})" for spare in found.missing)
@@ -110,9 +129,11 @@ def _of_a_target_of_ours(now: Situation) -> Decision:
         )
         if now.waited < policy.timeout or policy.degraded != ALLOWED:
             return _wait(now, text, remedy)
-        if not now.witness:
+        if not (now.witness and now.backup):
             # A missing spare may have been the only one in use, and only the backups would tell.
-            return _wait(now, f"{text}, but this host's backups cannot be read", remedy)
+            remedy += "; if no spare was in use after the others, run "
+            remedy += f"dm-remap-reassemble {found.name} --degraded allowed"
+            return _wait(now, f"{text}, but no backup on this host can be read that tells", remedy)
         return Decision(Step.ASSEMBLE, f"{text} after {policy.timeout} s", degraded=True)
     if not now.witness:
         text = "waits for this host's backups, which tell of generations and removals"
@@ -126,6 +147,20 @@ def _of_a_target_of_ours(now: Situation) -> Decision:
         if late.step is Step.WAIT:
             return late
     return Decision(Step.ASSEMBLE, found.decision)
+
+
+def _lost_its_proof(found: TargetFound) -> str:
+    """Path of a spare that nothing proves although there was a proof when it was recorded, or "".
+
+    An image of a spare is all that the spare was, but for that.
+    """
+    doubtful = {p.device for p in found.problems if p.code == "unproved_spare"}
+    for index, info in found.spares.items():
+        if info.path in doubtful and found.metadata:
+            recorded = of_entry(found.metadata.config["spares"][index])
+            if any(getattr(recorded, name) for name in PROOFS):
+                return info.path
+    return ""
 
 
 def _wait(now: Situation, reason: str, remedy: str) -> Decision:
@@ -169,9 +204,8 @@ class Clocks:
             now: the clock.
         """
         fresh = frozenset(devices) - self._seen.get(target, frozenset())
-        if target not in self._began:
-            self._began[target] = self._start if expected else now
-        elif fresh and now - self._began[target] >= timeout:
+        began = self._began.setdefault(target, self._start if expected else now)
+        if fresh and now - began >= timeout:
             self._began[target] = now
         self._seen[target] = self._seen.get(target, frozenset()) | frozenset(devices)
         return now - self._began[target]

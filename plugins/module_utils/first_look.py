@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 # Mains of the host's own targets, and those that were found until the next restart.
 LASTING, PASSING = "/etc/dm-remap/mains", "/run/dm-remap/mains"
 FOLDERS = (LASTING, PASSING)
+# What the rule is told of a device that is not hidden; nothing at all would tell of a failure.
+SHOWN = {"DM_REMAP_ROLE": "none"}
 
 
 def candidates(path: str, sectors: int) -> list[int]:
@@ -34,8 +36,12 @@ def candidates(path: str, sectors: int) -> list[int]:
     """
     if sectors < SMALLEST_FAR_SECTORS:
         return []
-    found = []
-    device = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    found: list[int] = []
+    try:
+        device = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    except OSError:
+        # It may be a known main all the same.
+        return found
     try:
         for sector in (*NEAR_SECTORS, *far_sectors(sectors)):
             if os.pread(device, len(MAGIC), sector * SECTOR_BYTES) == MAGIC:
@@ -137,22 +143,13 @@ def look(
 
 
 def main() -> int:
-    """Print properties for udev; the exit code is 1 where the device is not hidden."""
+    """Print properties for udev. If that fails, the rule leaves the device hidden as it was."""
     try:
-        found = look(os.environ)
+        found = look(os.environ) or SHOWN
     except Exception as error:
-        # What was hidden stays so: to show a main by mistake could cost its data.
+        # To show a main by mistake could cost its data.
         sys.stderr.write(f"dm-remap: cannot tell whether {os.environ.get('DEVNAME')} is ours: ")
         sys.stderr.write(f"{error!r}\n")
-        found = _as_before(os.environ)
+        return 1
     sys.stdout.write("".join(f"{key}={value}\n" for key, value in found.items()))
-    return 0 if found else 1
-
-
-def _as_before(event: Mapping[str, str]) -> Mapping[str, str]:
-    role = event.get("DM_REMAP_ROLE")
-    if not role:
-        return {}
-    from .hiding import Role, properties_of
-
-    return properties_of(Role(role), event.get("DEVLINKS", "").split())
+    return 0

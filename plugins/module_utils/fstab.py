@@ -10,7 +10,13 @@ from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 
 # A tag, and the folder in which udev makes links by it.
-_TAGS = {"UUID": "by-uuid", "LABEL": "by-label", "PARTUUID": "by-partuuid"}
+_TAGS = {
+    "UUID": "by-uuid",
+    "LABEL": "by-label",
+    "PARTUUID": "by-partuuid",
+    "PARTLABEL": "by-partlabel",
+    "ID": "by-id",
+}
 # Options with which systemd does not mount at boot by itself.
 _BY_OTHERS = ("noauto", "x-systemd.automount")
 
@@ -32,6 +38,11 @@ class Mount:
 
 def mounts(text: str) -> Iterator[Mount]:
     """The lines of fstab that mount devices; what makes no sense is left out."""
+    return (mount for mount in _all_mounts(text) if mount.device.startswith("/dev/"))
+
+
+def _all_mounts(text: str) -> Iterator[Mount]:
+    """Also those of network file systems, ZFS, and folders that are mounted once more."""
     for line in text.splitlines():
         fields = line.split()
         if len(fields) < 4 or fields[0].startswith("#") or not fields[1].startswith("/"):
@@ -41,10 +52,9 @@ def mounts(text: str) -> Iterator[Mount]:
             device = f"/dev/disk/{_TAGS[tag]}/{_encoded(_unquoted(plain(value)))}"
         else:
             device = plain(fields[0])
-        if device.startswith("/dev/"):
-            options = fields[3].split(",")
-            auto = not any(option in _BY_OTHERS for option in options)
-            yield Mount(device, plain(fields[1]), auto)
+        options = fields[3].split(",")
+        auto = not any(option in _BY_OTHERS for option in options)
+        yield Mount(device, plain(fields[1]), auto)
 
 
 def not_mounted_above(path: str, text: str, mounted: Collection[str]) -> str:
@@ -55,7 +65,7 @@ def not_mounted_above(path: str, text: str, mounted: Collection[str]) -> str:
         text: fstab.
         mounted: the mount points that are in use.
     """
-    points = [m.point.rstrip("/") for m in mounts(text) if m.auto]
+    points = [m.point.rstrip("/") for m in _all_mounts(text) if m.auto]
     above = [point for point in points if point and f"{path}/".startswith(f"{point}/")]
     innermost = max(above, key=len, default="")
     return "" if innermost in mounted else innermost

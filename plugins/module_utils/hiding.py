@@ -33,11 +33,13 @@ class Known:
         target: the target's UUID.
         name: its name, for people.
         mains: their fingerprints.
+        generation: the generation that tells so; 0 if that is not known.
     """
 
     target: uuid.UUID
     name: str
     mains: tuple[Fingerprint, ...]
+    generation: int = 0
 
 
 class Mains:
@@ -81,16 +83,18 @@ class Mains:
                 uuid.UUID(name[: -len(_SUFFIX)]),
                 str(kept["name"]),
                 tuple(Fingerprint.from_dict(values) for values in kept["mains"]),
+                int(kept.get("generation", 0)),
             )
-        except (OSError, ValueError, TypeError, KeyError):
+        except (OSError, ValueError, TypeError, KeyError, AttributeError):
             return None
 
     def _write(self, known: Known) -> None:
         os.makedirs(self.folder, mode=0o755, exist_ok=True)
         path = self._path(known.target)
         mains = [main.to_dict() for main in known.mains]
+        kept = {"name": known.name, "generation": known.generation, "mains": mains}
         with open(path + ".new", "w", encoding="utf-8") as file:
-            json.dump({"name": known.name, "mains": mains}, file, indent=1)
+            json.dump(kept, file, indent=1)
             file.flush()
             os.fsync(file.fileno())
         os.replace(path + ".new", path)

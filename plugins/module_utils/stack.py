@@ -26,6 +26,7 @@ from .format import MAX_SPARES
 
 UUID_PREFIX = marks.UUID_PREFIX
 TARGET_UUID = re.compile(re.escape(UUID_PREFIX) + r"([0-9a-f]{32})\Z")
+SPARE_UUID = re.compile(re.escape(UUID_PREFIX) + r"[0-9a-f]{32}-spare[0-9]+\Z")
 
 # Sectors of a segment that carries no data: it hands flushes to the device below.
 CARRIER_SECTORS = 8

@@ -8,6 +8,7 @@ from __future__ import annotations
 import itertools
 import random
 import shutil
+import uuid
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -269,6 +270,19 @@ def test_degraded_is_allowed_after_the_time(scene: Scene) -> None:
     scene.drill.check(missing=["s1"], names=["alpha"])
 
 
+def test_disks_that_come_late_are_waited_for_too(scene: Scene) -> None:
+    """The first disk of an enclosure is no reason to go on without the next one."""
+    scene.configure("assemble: {degraded: allowed, timeout: 30}\ntargets: []\n")
+    scene.look(5000.0)
+    scene.attach("main-alpha", "s0")
+    assert scene.look(1.0) == 30.0
+    assert scene.active == set()
+    scene.attach("s1")
+    scene.look(1.0)
+    assert scene.active == {"alpha"}
+    scene.drill.check(names=["alpha"])
+
+
 def test_a_target_can_be_left_out_by_its_name(scene: Scene) -> None:
     scene.configure(
         "targets:\n- {name: alpha, main: /dev/main-alpha, spares: [/dev/s0, /dev/s1], "
@@ -293,6 +307,16 @@ def test_nothing_is_assembled_with_a_faulty_configuration(scene: Scene) -> None:
     assert scene.active == set(TARGETS)
 
 
+def test_nothing_is_assembled_with_a_link_to_a_configuration_that_is_not_there(
+    scene: Scene,
+) -> None:
+    (scene.folder / "config.yaml").symlink_to(scene.folder / "not mounted" / "config.yaml")
+    scene.attach(*everything(scene))
+    scene.look(100.0)
+    assert scene.active == set()
+    assert "nothing is assembled" in scene.errors()[0]
+
+
 def test_a_target_of_the_configuration_that_nothing_tells_of_is_reported(scene: Scene) -> None:
     scene.configure("targets:\n- {name: lost, main: /dev/x, spares: [/dev/y]}\n")
     assert scene.look(59.0) == 1.0
@@ -300,6 +324,24 @@ def test_a_target_of_the_configuration_that_nothing_tells_of_is_reported(scene: 
     scene.look(1.0)
     (error,) = scene.errors()
     assert error.startswith("lost: ")
+
+
+@pytest.mark.parametrize("degraded", ["never", "allowed"])
+def test_an_image_of_a_spare_is_not_taken_for_it(scene: Scene, degraded: str) -> None:
+    """Data on the spare is newer than its image without any new generation."""
+    scene.configure(f"assemble: {{degraded: {degraded}, timeout: 30}}\ntargets: []\n")
+    image = scene.away["s0"].clone()
+    image.serial, image.path, image.devno = "", "/dev/loop0", "7:0"
+    scene.drill.kernel.disks[image.path] = image
+    scene.attach("main-alpha", "s1")
+    scene.look()
+    assert scene.look(100.0) is None
+    assert scene.active == set()
+    assert any("--use /dev/loop0" in text for text in scene.errors())
+    scene.attach("s0")
+    scene.look(1.0)
+    assert scene.active == {"alpha"}
+    scene.drill.check(names=["alpha"])
 
 
 # Targets of other hosts
@@ -408,6 +450,7 @@ def test_one_that_fails_keeps_no_other_from_it(
 ) -> None:
     scene.attach(*everything(scene))
     scene.drill.disk("s2").read_only = True
+    scene.look()
     scene.look(100.0)
     assert scene.active == {"alpha", "gamma"}
     assert any("read-only" in text for text in scene.errors())
@@ -433,6 +476,99 @@ def test_without_the_backups_the_whole_time_is_waited(scene: Scene) -> None:
     assert scene.active == {"alpha"}
 
 
+def lose_backups(scene: Scene) -> Path:
+    """The file system that they are on is not mounted, and fstab does not tell of it."""
+    place = scene.folder / "not mounted"
+    Path(scene.backups().folder).rename(place)
+    return place
+
+
+def test_a_mount_that_fstab_does_not_tell_of_is_waited_for(scene: Scene) -> None:
+    scene.attach("main-alpha", "s0", "s1")
+    scene.look()
+    scene.stop("alpha")
+    place = lose_backups(scene)
+    scene.restart()
+    assert scene.look(59.0) == 1.0
+    assert scene.active == set()
+    assert scene.assembler.concerns([Event(MOUNT, "", "")])
+    place.rename(scene.backups().folder)
+    scene.look(0.5)
+    assert scene.active == {"alpha"}
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_without_a_backup_nothing_is_assembled_degraded(
+    host_a: Drill, tmp_path: Path, known: bool
+) -> None:
+    """The spare that comes a second later may be the only one that was in use last."""
+    scene = make_scene(host_a, tmp_path, known)
+    scene.configure(
+        "assemble: {degraded: allowed, timeout: 30}\ntargets:\n"
+        "- {name: alpha, main: /dev/main-alpha, spares: [/dev/s0, /dev/s1]}\n"
+    )
+    if known:
+        scene.look()
+        lose_backups(scene)
+        scene.restart()
+    scene.attach("main-alpha", "s0")
+    scene.look()
+    scene.look(100.0)
+    assert scene.active == set()
+    assert any("no backup on this host" in text for text in scene.errors())
+
+
+def test_what_another_host_used_last_is_not_assembled_degraded(
+    scene: Scene, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What it has committed since, this host's backups do not tell."""
+    scene.configure("assemble: {degraded: allowed, timeout: 30}\ntargets: []\n")
+    monkeypatch.setattr("dm_remap.assembler.host_id", lambda: uuid.UUID(int=5))
+    scene.attach("main-alpha", "s0")
+    scene.look()
+    scene.look(100.0)
+    assert scene.active == set()
+    scene.attach("s1")
+    scene.look(1.0)
+    assert scene.active == {"alpha"}
+
+
+def test_an_old_generation_is_not_assembled_without_the_backups(scene: Scene) -> None:
+    """A spare that was replaced tells of a target that was complete then."""
+    scene.attach("main-gamma", "s4")
+    scene.look()
+    target = scene.backups().of("gamma")
+    (known,) = [one for one in scene.kept("lasting").all() if one.name == "gamma"]
+    assert known.generation == target.generation
+    scene.stop("gamma")
+    lose_backups(scene)
+    scene.kept("lasting").set([replace(known, generation=target.generation + 1)])
+    scene.restart()
+    scene.look()
+    scene.look(100.0)
+    assert scene.active == set()
+    assert any(f"has used generation {target.generation + 1}" in text for text in scene.errors())
+    # The target's spare of today.
+    scene.kept("lasting").set([known])
+    scene.restart()
+    scene.look()
+    scene.look(100.0)
+    assert scene.active == {"gamma"}
+
+
+def test_a_damaged_backup_still_tells_its_generation(scene: Scene) -> None:
+    """Without it, the one before would be the witness."""
+    scene.configure("assemble: {degraded: allowed, timeout: 30}\ntargets: []\n")
+    target = scene.backups().of("alpha")
+    folder = Path(scene.backups().folder) / str(target.target_uuid)
+    (folder / f"{target.generation + 1:020d}.slot").write_bytes(b"")
+    scene.attach("main-alpha", "s0")
+    scene.look()
+    scene.look(100.0)
+    assert scene.active == set()
+    assert any(f"has used generation {target.generation + 1}" in text for text in scene.errors())
+
+
 def test_with_the_mount_it_goes_on_at_once(scene: Scene) -> None:
     scene.attach("main-alpha", "s0", "s1")
     scene.unmounted = "/var"
@@ -446,6 +582,38 @@ def test_with_the_mount_it_goes_on_at_once(scene: Scene) -> None:
 
 
 # Hiding
+
+
+@pytest.mark.parametrize("lost", ["all", "damaged"])
+def test_a_main_is_not_shown_because_its_backups_cannot_be_read(scene: Scene, lost: str) -> None:
+    """They may be on a file system that fstab does not tell of."""
+    scene.attach("main-alpha", "s0", "s1")
+    scene.look()
+    folder = Path(scene.backups().folder)
+    if lost == "all":
+        folder.rename(scene.folder / "not mounted")
+    else:
+        for path in folder.glob("*/*.slot"):
+            path.write_bytes(b"")
+    scene.stop("alpha")
+    scene.announced.clear()
+    assert scene.restart().hide_mains() == set()
+    assert {known.name for known in scene.kept("lasting").all()} == set(TARGETS)
+    scene.detach("s1")
+    scene.look()
+    assert scene.hidden[scene.drill.disk("main-alpha").devno] == "main"
+    assert scene.announced == []
+
+
+def test_a_removal_shows_the_main_also_without_backups(scene: Scene) -> None:
+    scene.attach("main-alpha", "s0", "s1")
+    scene.look()
+    shutil.rmtree(scene.backups().folder)
+    engine = scene.engine()
+    seen = engine.see("alpha", None, ("/dev/s0", "/dev/s1"))
+    engine.apply(plan_absent("alpha", seen.target, seen, True))
+    scene.look(1.0)
+    assert scene.hidden[scene.drill.disk("main-alpha").devno] == ""
 
 
 def test_the_mains_are_kept_when_all_is_assembled(scene: Scene) -> None:
@@ -476,6 +644,17 @@ def test_udev_is_not_asked_for_ever(scene: Scene) -> None:
     )
 
 
+def test_a_main_that_is_shown_again_is_hidden_again(scene: Scene) -> None:
+    """An event whose rule failed must not be the last word."""
+    scene.attach("main-alpha", "s0")
+    main = scene.drill.disk("main-alpha")
+    for _turn in range(2):
+        scene.hidden[main.devno] = ""
+        scene.look(1.0)
+        assert scene.hidden[main.devno] == "main"
+        scene.look(1.0)
+
+
 # The loop
 
 
@@ -494,8 +673,14 @@ def test_the_service_is_ready_when_nothing_can_be_mounted_by_mistake(scene: Scen
         happened.append("hear")
         return next(answers)
 
-    serve(scene.restart(), hear, lambda: happened.append("ready"), lambda: scene.now)
-    assert happened == ["hear", "hear", "ready", "hear"]
+    serve(
+        scene.restart(),
+        hear,
+        lambda: happened.append("ready"),
+        lambda: happened.append("check"),
+        lambda: scene.now,
+    )
+    assert happened == ["hear", "hear", "ready", "check", "hear"]
 
 
 def test_the_service_looks_again_when_time_is_over(scene: Scene) -> None:
@@ -510,10 +695,37 @@ def test_the_service_looks_again_when_time_is_over(scene: Scene) -> None:
         scene.now += seconds
         return []
 
-    serve(scene.assembler, hear, lambda: None, lambda: scene.now)
+    serve(scene.assembler, hear, lambda: None, clock=lambda: scene.now)
     # First it waited for udev, which did not tell of the main.
-    assert waits == [10.0, 20.0, None]
+    assert waits == [120.0, 30.0, None]
     assert scene.active == {"alpha"}
+    (error,) = scene.errors()
+    assert scene.drill.disk("main-alpha").devno in error
+
+
+def test_mains_are_hidden_also_where_nothing_can_be_assembled(
+    scene: Scene, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A kernel without dm-integrity, or backups that nobody understands."""
+    scene.attach("main-alpha", "s0", "s1")
+    scene.look()
+    scene.hidden.clear()
+
+    def fail(*_arguments: object) -> None:
+        raise Refused("missing")
+
+    monkeypatch.setattr(Backups, "newest", fail)
+    happened: list[str] = []
+    with pytest.raises(Refused):
+        serve(
+            scene.restart(),
+            lambda _seconds: [Event("change", devno, "") for devno in scene.announced],
+            lambda: happened.append("ready"),
+            fail,
+            lambda: scene.now,
+        )
+    assert happened == ["ready"]
+    assert scene.hidden == {scene.drill.disk("main-alpha").devno: "main"}
 
 
 def test_events_of_what_is_in_use_are_no_news(scene: Scene) -> None:
@@ -528,6 +740,8 @@ def test_events_of_what_is_in_use_are_no_news(scene: Scene) -> None:
     assert not concerns([Event("change", "253:9", own)])
     assert not concerns([Event(MOUNT, "", "")])
     assert concerns([Event("remove", "253:9", f"{own}-new")])
+    assert not concerns([Event("remove", "253:9", f"{own}-frozen")])
+    assert concerns([Event("remove", "253:9", f"{own}-spare0")])
     assert concerns([Event("remove", spare, "")])
     assert concerns([Event("change", "8:999", "")])
     # Some events were lost.

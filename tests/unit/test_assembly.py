@@ -552,6 +552,23 @@ def test_a_disk_that_was_plugged_in_anew_is_not_what_was_decided_on(
     moved.check()
 
 
+@pytest.mark.parametrize("name", ["s0", "main-alpha"])
+def test_a_disk_in_the_place_of_one_that_was_pulled_is_not_it(moved: Drill, name: str) -> None:
+    """It gets the number of the other one, and udev knows nothing of it yet."""
+    late = Late(moved)
+    old = moved.disk(name)
+    new = old.clone()
+    new.serial = ""
+    new.fill(0, b"y" * 512)
+    moved.kernel.disks[old.path] = new
+    report = assemble(late, Order(name="alpha"))
+    assert [t.result for t in report.targets] == ["refused"]
+    assert moved.kernel.mapped == {}
+    moved.kernel.disks[old.path] = old
+    assert moved.results() == ALL
+    moved.check()
+
+
 def test_a_newer_generation_meanwhile_is_noticed(moved: Drill) -> None:
     late = Late(moved)
     assert moved.results() == ALL

@@ -5,10 +5,10 @@
 
 from __future__ import annotations
 
-import itertools
 import re
 import uuid
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -17,8 +17,10 @@ import yaml
 from dm_remap import fstab
 from dm_remap.boot import Clocks, Decision, Situation, Step, decide
 from dm_remap.configuration import Assembly, parse
+from dm_remap.copies import only
 from dm_remap.discovery import Missing, Problem, State, TargetFound
 from dm_remap.fstab import Mount, mounts, not_mounted_above
+from tests.unit.test_discovery import disk_info, first
 
 DOC = Path(__file__).resolve().parents[2] / "docs" / "boot.md"
 TARGET = uuid.UUID(int=7)
@@ -47,6 +49,9 @@ def refused(code: str) -> TargetFound:
 
 
 BEFORE, AFTER = 59.0, 60.0
+OLD = replace(COMPLETE, choice=only(first()))
+NEWEST = first().generation + 1
+COPIED = replace(UNPROVED, choice=only(first()), spares={0: disk_info(1)})
 CASES = {
     "all disks are there": Situation(COMPLETE, POLICY),
     "active": Situation(ACTIVE, POLICY),
@@ -70,6 +75,14 @@ CASES = {
     "a spare is missing, time is over, `degraded: allowed`, the backups cannot be read": Situation(
         DEGRADED, ALLOWED, witness=False, waited=AFTER
     ),
+    "a spare is missing, time is over, `degraded: allowed`, this host has no backup of the target, "
+    "or another one has used it last": Situation(DEGRADED, ALLOWED, backup=False, waited=AFTER),
+    "the disks are older than what the host remembers of the target": Situation(
+        OLD, POLICY, witness=False, newest=NEWEST, waited=BEFORE
+    ),
+    "the disks are older than what the host remembers of the target, time is over": Situation(
+        OLD, ALLOWED, witness=False, newest=NEWEST, waited=AFTER
+    ),
     "a disk that udev has not finished with": Situation(
         COMPLETE, POLICY, doubts=("/dev/sdb is not known to udev yet",)
     ),
@@ -79,6 +92,12 @@ CASES = {
     ),
     "a spare without serial number": Situation(UNPROVED, POLICY, waited=BEFORE),
     "a spare without serial number, time is over": Situation(UNPROVED, POLICY, waited=AFTER),
+    "a spare that shows no serial number, though one is recorded": Situation(
+        COPIED, ALLOWED, waited=BEFORE
+    ),
+    "a spare that shows no serial number, though one is recorded, time is over": Situation(
+        COPIED, ALLOWED, waited=AFTER
+    ),
     "the backups cannot be read yet": Situation(COMPLETE, POLICY, witness=False, waited=BEFORE),
     "the backups cannot be read, time is over": Situation(
         COMPLETE, POLICY, witness=False, waited=AFTER
@@ -113,10 +132,21 @@ def test_a_decision_says_why_and_what_helps(name: str) -> None:
     assert (decision.left is not None) == (decision.step is Step.WAIT)
 
 
-FOUND = (COMPLETE, ACTIVE, DEGRADED, UNPROVED, refused("removed"), refused("missing_main"))
+FOUND = (
+    COMPLETE,
+    OLD,
+    COPIED,
+    ACTIVE,
+    DEGRADED,
+    UNPROVED,
+    refused("removed"),
+    refused("missing_main"),
+)
 SITUATIONS = [
-    Situation(found, Assembly(auto, degraded, 60), known, witness, waited, doubts, spent)
-    for found, auto, degraded, known, witness, waited, doubts, spent in itertools.product(
+    Situation(
+        found, Assembly(auto, degraded, 60), known, witness, waited, doubts, spent, backup, newest
+    )
+    for found, auto, degraded, known, witness, waited, doubts, spent, backup, newest in product(
         FOUND,
         (False, True),
         ("never", "allowed"),
@@ -125,6 +155,8 @@ SITUATIONS = [
         (0.0, 59.9, 60.0, 1e6),
         ((), ("/dev/sdb is not known to udev yet",)),
         (False, True),
+        (False, True),
+        (0, NEWEST),
     )
 ]
 
@@ -145,6 +177,9 @@ def test_nothing_is_assembled_that_must_not_be() -> None:
             assert now.policy.degraded == "allowed", now
             assert late, now
             assert now.witness, now
+            assert now.backup, now
+        assert now.found is not COPIED, now
+        assert now.found is not OLD or not now.newest, now
         assert now.witness or late, now
 
 
@@ -188,6 +223,13 @@ def test_a_new_disk_after_the_time_lets_it_begin_anew() -> None:
     assert clocks.waited(TARGET, {"a", "b"}, True, 60, 250.0) == 70.0
 
 
+def test_the_first_disk_after_the_time_lets_it_begin_anew() -> None:
+    """The others of an enclosure that is switched on late follow in a moment."""
+    clocks = Clocks(100.0)
+    assert clocks.waited(TARGET, {"a"}, True, 60, 5000.0) == 0.0
+    assert clocks.waited(TARGET, {"a"}, True, 60, 5001.0) == 1.0
+
+
 def test_disks_are_spent_until_one_is_attached_anew() -> None:
     clocks = Clocks(0.0)
     assert not clocks.spent(TARGET, {"a", "b"})
@@ -208,7 +250,9 @@ LABEL="a\040b"    /srv\0401  xfs   nofail              0 2
 /dev/mapper/data  /var       ext4  defaults,nofail     0 2
 /dev/mapper/x     /var/lib   ext4  noauto              0 2
 PARTUUID=34       /mnt/      ext4  x-systemd.automount 0 2
+PARTLABEL=c       /parted    ext4  defaults            0 2
 UUID=56           none       swap  sw                  0 0
+/srv/opt          /opt       none  bind                0 0
 proc              /proc      proc  defaults            0 0
 server:/export    /nfs       nfs   defaults            0 0
 broken            /line
@@ -222,6 +266,7 @@ def test_lines_of_fstab_that_mount_devices() -> None:
         Mount("/dev/mapper/data", "/var", True),
         Mount("/dev/mapper/x", "/var/lib", False),
         Mount("/dev/disk/by-partuuid/34", "/mnt/", False),
+        Mount("/dev/disk/by-partlabel/c", "/parted", True),
     ]
 
 
@@ -234,6 +279,9 @@ def test_lines_of_fstab_that_mount_devices() -> None:
         ("/var", {"/"}, "/var"),
         ("/etc", {"/"}, ""),
         ("/srv 1/x", {"/"}, "/srv 1"),
+        ("/parted", {"/"}, "/parted"),
+        ("/opt/x", {"/"}, "/opt"),
+        ("/nfs", {"/"}, "/nfs"),
     ],
 )
 def test_the_mount_that_a_path_waits_for(path: str, mounted: set[str], missing: str) -> None:

@@ -272,6 +272,15 @@ def test_a_known_main_is_hidden(tmp_path: Path) -> None:
     assert device.look(KNOWN, **{**own, "ID_SERIAL_SHORT": "another"}) == {}
 
 
+def test_a_known_main_that_cannot_be_opened_is_hidden(tmp_path: Path) -> None:
+    """A disk that spins up, or fails, may be read by the time that it is mounted."""
+    device = Device(tmp_path, MAIN_SECTORS)
+    device.image.unlink()
+    own = {"ID_SERIAL_SHORT": MAIN.serial, "ID_MODEL": MAIN.model}
+    assert device.look(KNOWN, **own)["DM_REMAP_ROLE"] == "main"
+    assert device.look(KNOWN, ID_SERIAL_SHORT="another") == {}
+
+
 def test_partitions_are_hidden_with_their_disk(tmp_path: Path) -> None:
     device = Device(tmp_path, 2048)
     assert device.look(DM_REMAP_PART="main", ID_FS_TYPE="ext4")["DM_REMAP_ROLE"] == "main"
@@ -319,12 +328,50 @@ def test_a_failure_keeps_what_was_hidden(
 ) -> None:
     event = {"DEVNAME": "/dev/x", "MAJOR": "8", "MINOR": "9999", "DEVLINKS": "/dev/disk/by-id/x"}
     assert run_main(monkeypatch, event) == 1
-    assert capsys.readouterr().out == ""
-    assert run_main(monkeypatch, {**event, "DM_REMAP_ROLE": "main"}) == 0
     shown = capsys.readouterr()
-    assert "DM_REMAP_ROLE=main\n" in shown.out
-    assert "DM_REMAP_LINKS=disk/by-id/x\n" in shown.out
+    assert shown.out == ""
     assert "/dev/x" in shown.err
+    hidden = {"DM_REMAP_ROLE": "main", "DM_REMAP_TARGET": "t", "DM_REMAP_LINKS": "disk/by-id/x"}
+    assert rule(hidden, None) == ("dm_remap_hide", hidden)
+    assert rule({}, None) == ("dm_remap_end", {})
+
+
+def rule(db: dict[str, str], told: str | None) -> tuple[str, dict[str, str]]:
+    """Where the rule's lines about the program lead, and the properties then.
+
+    Args:
+        db: udev's database.
+        told: what the program prints; None if it fails.
+    """
+    text = RULES.read_text()
+    lines = text[text.index('IMPORT{db}="DM_REMAP_ROLE"') :].splitlines()
+    env: dict[str, str] = {}
+    for line in (line for line in lines if line and not line.startswith("#")):
+        for key, name, operator, value in re.findall(r'(\w+)(?:{(\w+)})?(==|=)"(.*?)"', line):
+            if key == "GOTO":
+                return value, {name: value for name, value in env.items() if value}
+            if key == "IMPORT" and name == "db":
+                env[value] = db.get(value, "")
+            elif key == "IMPORT":
+                env.update(pair.split("=", 1) for pair in (told or "").splitlines())
+            elif operator == "=":
+                env[name] = value
+            elif env.get(name) not in value.split("|"):
+                break
+    raise AssertionError("the rule leads nowhere")
+
+
+def test_what_is_not_hidden_any_more_is_shown(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(first_look, "look", lambda _event: {})
+    assert run_main(monkeypatch, {}) == 0
+    hidden = {"DM_REMAP_ROLE": "main", "DM_REMAP_TARGET": "t", "DM_REMAP_LINKS": "disk/by-id/x"}
+    assert rule(hidden, capsys.readouterr().out) == ("dm_remap_end", {})
+    told = {**hidden, "DM_REMAP_ROLE": "spare"}
+    monkeypatch.setattr(first_look, "look", lambda _event: told)
+    assert run_main(monkeypatch, {}) == 0
+    assert rule(hidden, capsys.readouterr().out) == ("dm_remap_hide", told)
 
 
 # The rule
