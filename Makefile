@@ -7,7 +7,7 @@
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help test lint sanity test-unit test-loop test-vm test-vm-13 test-molecule demo bench soak clean \
+.PHONY: help test lint sanity test-unit test-loop test-vm test-vm-apart test-vm-13 test-molecule demo bench soak clean \
 	python collection packages-lint packages-rulebook packages-lab packages-filesystems
 
 # Extra arguments for pytest, for example: make test-unit ARGS='-k format'
@@ -23,6 +23,7 @@ help:
 	@echo '  make test-unit      the core as plain Python'
 	@echo '  make test-loop      daemon, event source and rulebook on this machine'
 	@echo '  make test-vm        real block devices in a virtual machine'
+	@echo '  make test-vm-apart  those of them that have guests of their own'
 	@echo '  make test-vm-13     the core ones of these on Debian 13'
 	@echo '  make test-molecule  the modules and the role through Ansible in a virtual machine'
 	@echo 'make bench          what a remap, a commit and a table load cost'
@@ -57,7 +58,10 @@ test-loop: packages-rulebook collection
 	@$(PYTEST) tests/loop -m 'not soak' $(ARGS)
 
 test-vm: packages-rulebook packages-lab collection
-	@$(PYTEST) tests/vm -v -m 'not soak and not second' $(ARGS)
+	@$(PYTEST) tests/vm -v -m 'not soak and not second and not apart' $(ARGS)
+
+test-vm-apart: packages-rulebook packages-lab collection
+	@$(PYTEST) tests/vm -v -m 'apart and not soak and not second' $(ARGS)
 
 test-vm-13: packages-rulebook packages-lab collection
 	@$(PYTEST) tests/vm -v -m '(core or second) and not soak' --lab-image debian-13 $(ARGS)

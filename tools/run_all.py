@@ -35,6 +35,7 @@ LANES = (
         Part("sanity", 1800),
         Part("test-loop", 1200),
         Part("test-vm-13", 3600),
+        Part("test-vm-apart", 3000),
         Part("test-molecule", 1800),
     ),
 )

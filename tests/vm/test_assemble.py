@@ -24,6 +24,8 @@ from tests.vm.images import pieces
 from tests.vm.playing import ModuleRunner, Player, Step
 from tests.vm.programs.drill import CHUNK, data_of, digest_of
 
+pytestmark = pytest.mark.apart
+
 SECTOR = 512
 CHUNK_SECTORS = CHUNK // SECTOR
 # Numbers that make the data of chunks before and after they were remapped.

@@ -20,6 +20,8 @@ import pytest
 from tests.lab import Disk, Machine
 from tests.vm.guest import Guest
 
+pytestmark = pytest.mark.apart
+
 TARGETS = 8
 MAIN_SECTORS = 8192
 CHUNK_SECTORS = 128

@@ -17,6 +17,8 @@ from tests.lab import Disk, Machine
 from tests.vm.guest import ROOT, Guest
 from tests.vm.playing import ModuleRunner, Player, Step, lay_out_collection
 
+pytestmark = pytest.mark.apart
+
 NAME = "guarded"
 CHUNK_SECTORS = 128
 
