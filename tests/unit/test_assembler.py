@@ -24,8 +24,9 @@ from dm_remap.errors import Refused
 from dm_remap.fingerprint import of_info
 from dm_remap.hiding import Known, Mains, role_of
 from dm_remap.planner import plan_absent
+from dm_remap.salvage import Patience
 from dm_remap.udev import Event
-from tests.unit.drill_scene import TARGETS, Drill
+from tests.unit.drill_scene import CHUNK, CHUNKS, STALE, TARGETS, Drill
 from tests.unit.fake_kernel import Blocks, Disk, Kernel, Process
 
 pytestmark = pytest.mark.usefixtures("memory_stays_unlocked")
@@ -516,6 +517,36 @@ def test_without_a_backup_nothing_is_assembled_degraded(
     scene.look(100.0)
     assert scene.active == set()
     assert any("no backup on this host" in text for text in scene.errors())
+
+
+@pytest.mark.parametrize("backups", ["there", "not mounted", "damaged"])
+def test_the_spare_that_was_in_use_last_is_waited_for(
+    host_a: Drill, tmp_path: Path, backups: str
+) -> None:
+    """By what the other one carries, a chunk of its is still on the main, with old data."""
+    host_a.disk("s0").dead = True
+    chunk = next(c for c in range(CHUNKS) if c not in host_a.on["alpha"])
+    host_a.engine().remap("alpha", [(chunk * CHUNK, 1)], patience=Patience(backoff=0))
+    host_a.disk("main-alpha").fill(chunk * CHUNK, STALE * CHUNK)
+    host_a.disk("s0").dead = False
+    scene = make_scene(host_a, tmp_path)
+    scene.configure("assemble: {degraded: allowed, timeout: 30}\ntargets: []\n")
+    scene.look()
+    if backups == "not mounted":
+        lose_backups(scene)
+    if backups == "damaged":
+        for path in Path(scene.backups().folder).glob("*/*.slot"):
+            path.write_bytes(b"")
+    scene.restart()
+    scene.attach("main-alpha", "s0")
+    scene.look()
+    scene.look(100.0)
+    assert scene.active == set()
+    scene.attach("s1")
+    scene.look(1.0)
+    scene.look(100.0)
+    assert scene.active == {"alpha"}
+    scene.drill.check(names=["alpha"])
 
 
 def test_what_another_host_used_last_is_not_assembled_degraded(
