@@ -26,7 +26,7 @@ from dm_remap.hiding import Known, Mains, role_of
 from dm_remap.planner import plan_absent
 from dm_remap.salvage import Patience
 from dm_remap.udev import Event
-from tests.unit.drill_scene import CHUNK, CHUNKS, STALE, TARGETS, Drill
+from tests.unit.drill_scene import CHUNK, CHUNKS, STALE, TARGETS, Drill, make_drill
 from tests.unit.fake_kernel import Blocks, Disk, Kernel, Process
 
 pytestmark = pytest.mark.usefixtures("memory_stays_unlocked")
@@ -365,6 +365,24 @@ def test_a_target_of_another_host_is_hidden_and_left_alone(host_a: Drill, tmp_pa
     assert scene.hidden[main] == ""
 
 
+def test_the_tool_makes_it_one_of_this_host(host_a: Drill, tmp_path: Path) -> None:
+    """From then on it comes back by itself, and its main is hidden before its spares are there."""
+    scene = make_scene(host_a, tmp_path, known=False)
+    scene.attach("main-alpha", "s0", "s1")
+    assert scene.drill.results() == {"alpha": "assembled"}
+    scene.look()
+    assert [known.name for known in scene.kept("lasting").all()] == ["alpha"]
+    scene.stop("alpha")
+    scene.detach("main-alpha", "s0", "s1")
+    scene.restart()
+    scene.attach("main-alpha")
+    assert scene.hidden[scene.drill.disk("main-alpha").devno] == "main"
+    scene.attach("s0", "s1")
+    scene.look(1.0)
+    assert scene.active == {"alpha"}
+    scene.drill.check(names=["alpha"])
+
+
 def test_the_configuration_makes_it_one_of_this_host(host_a: Drill, tmp_path: Path) -> None:
     scene = make_scene(host_a, tmp_path, known=False)
     scene.attach("main-alpha", "s0", "s1")
@@ -520,16 +538,15 @@ def test_without_a_backup_nothing_is_assembled_degraded(
 
 
 @pytest.mark.parametrize("backups", ["there", "not mounted", "damaged"])
-def test_the_spare_that_was_in_use_last_is_waited_for(
-    host_a: Drill, tmp_path: Path, backups: str
-) -> None:
+def test_the_spare_that_was_in_use_last_is_waited_for(tmp_path: Path, backups: str) -> None:
     """By what the other one carries, a chunk of its is still on the main, with old data."""
-    host_a.disk("s0").dead = True
-    chunk = next(c for c in range(CHUNKS) if c not in host_a.on["alpha"])
-    host_a.engine().remap("alpha", [(chunk * CHUNK, 1)], patience=Patience(backoff=0))
-    host_a.disk("main-alpha").fill(chunk * CHUNK, STALE * CHUNK)
-    host_a.disk("s0").dead = False
-    scene = make_scene(host_a, tmp_path)
+    made = make_drill(tmp_path / "made")
+    made.disk("s0").dead = True
+    chunk = next(c for c in range(CHUNKS) if c not in made.on["alpha"])
+    made.engine().remap("alpha", [(chunk * CHUNK, 1)], patience=Patience(backoff=0))
+    made.disk("main-alpha").fill(chunk * CHUNK, STALE * CHUNK)
+    made.disk("s0").dead = False
+    scene = make_scene(made, tmp_path)
     scene.configure("assemble: {degraded: allowed, timeout: 30}\ntargets: []\n")
     scene.look()
     if backups == "not mounted":
