@@ -662,13 +662,20 @@ def _list(folder: str) -> list[str]:
         return []
 
 
-def _mounts() -> dict[str, list[str]]:
-    # Fields of /proc/self/mountinfo: id, parent, major:minor, root, mount point (proc(5)).
+def _mounts(path: str = "/proc/self/mountinfo") -> dict[str, list[str]]:
+    # Fields of /proc/self/mountinfo: id, parent, major:minor, root, mount point; after a hyphen
+    # the type and the source (proc(5)).
     found: dict[str, list[str]] = {}
-    with open("/proc/self/mountinfo", encoding="utf-8", errors="replace") as file:
+    with open(path, encoding="utf-8", errors="replace") as file:
         for line in file:
             fields = line.split()
-            found.setdefault(fields[2], []).append(fields[4])
+            devno = fields[2]
+            if devno.startswith("0:"):
+                # Btrfs has a number of its own, and names one of its devices.
+                with contextlib.suppress(Refused, ValueError, IndexError):
+                    source = fields[fields.index("-", 6) + 2]
+                    devno = devno_of(source) if source.startswith("/dev/") else devno
+            found.setdefault(devno, []).append(fields[4])
     return found
 
 

@@ -1517,6 +1517,10 @@ class Engine:
             missing = [i for i in planner.configured(metadata) if i not in plan.spares]
             cut = planner.sectors_on(metadata, missing)
             table = self._create_hold(metadata, name, table, main.devno, cut)
+        # Without it, the host would not know its target nor whose main it is after a restart.
+        kept = self._backups.newest(metadata.target_uuid)
+        if kept is None or kept.generation < metadata.generation:
+            self.backup(metadata)
         self._mapper.create(name, _dm_uuid(metadata), table, private=False)
 
     def _create_new_main(self, plan: Plan) -> str:

@@ -24,8 +24,9 @@ from dm_remap.errors import Refused
 from dm_remap.fingerprint import of_info
 from dm_remap.hiding import Known, Mains, role_of
 from dm_remap.planner import plan_absent
+from dm_remap.salvage import Patience
 from dm_remap.udev import Event
-from tests.unit.drill_scene import TARGETS, Drill
+from tests.unit.drill_scene import CHUNK, CHUNKS, STALE, TARGETS, Drill, make_drill
 from tests.unit.fake_kernel import Blocks, Disk, Kernel, Process
 
 pytestmark = pytest.mark.usefixtures("memory_stays_unlocked")
@@ -364,6 +365,24 @@ def test_a_target_of_another_host_is_hidden_and_left_alone(host_a: Drill, tmp_pa
     assert scene.hidden[main] == ""
 
 
+def test_the_tool_makes_it_one_of_this_host(host_a: Drill, tmp_path: Path) -> None:
+    """From then on it comes back by itself, and its main is hidden before its spares are there."""
+    scene = make_scene(host_a, tmp_path, known=False)
+    scene.attach("main-alpha", "s0", "s1")
+    assert scene.drill.results() == {"alpha": "assembled"}
+    scene.look()
+    assert [known.name for known in scene.kept("lasting").all()] == ["alpha"]
+    scene.stop("alpha")
+    scene.detach("main-alpha", "s0", "s1")
+    scene.restart()
+    scene.attach("main-alpha")
+    assert scene.hidden[scene.drill.disk("main-alpha").devno] == "main"
+    scene.attach("s0", "s1")
+    scene.look(1.0)
+    assert scene.active == {"alpha"}
+    scene.drill.check(names=["alpha"])
+
+
 def test_the_configuration_makes_it_one_of_this_host(host_a: Drill, tmp_path: Path) -> None:
     scene = make_scene(host_a, tmp_path, known=False)
     scene.attach("main-alpha", "s0", "s1")
@@ -516,6 +535,35 @@ def test_without_a_backup_nothing_is_assembled_degraded(
     scene.look(100.0)
     assert scene.active == set()
     assert any("no backup on this host" in text for text in scene.errors())
+
+
+@pytest.mark.parametrize("backups", ["there", "not mounted", "damaged"])
+def test_the_spare_that_was_in_use_last_is_waited_for(tmp_path: Path, backups: str) -> None:
+    """By what the other one carries, a chunk of its is still on the main, with old data."""
+    made = make_drill(tmp_path / "made")
+    made.disk("s0").dead = True
+    chunk = next(c for c in range(CHUNKS) if c not in made.on["alpha"])
+    made.engine().remap("alpha", [(chunk * CHUNK, 1)], patience=Patience(backoff=0))
+    made.disk("main-alpha").fill(chunk * CHUNK, STALE * CHUNK)
+    made.disk("s0").dead = False
+    scene = make_scene(made, tmp_path)
+    scene.configure("assemble: {degraded: allowed, timeout: 30}\ntargets: []\n")
+    scene.look()
+    if backups == "not mounted":
+        lose_backups(scene)
+    if backups == "damaged":
+        for path in Path(scene.backups().folder).glob("*/*.slot"):
+            path.write_bytes(b"")
+    scene.restart()
+    scene.attach("main-alpha", "s0")
+    scene.look()
+    scene.look(100.0)
+    assert scene.active == set()
+    scene.attach("s1")
+    scene.look(1.0)
+    scene.look(100.0)
+    assert scene.active == {"alpha"}
+    scene.drill.check(names=["alpha"])
 
 
 def test_what_another_host_used_last_is_not_assembled_degraded(

@@ -20,12 +20,13 @@ from typing import Any
 
 import pytest
 
-from dm_remap import first_look, hiding
+from dm_remap import blockdev, first_look, hiding
 from dm_remap.blockdev import DeviceInfo, Use, announce, doubt_about, info_in_event, is_held
 from dm_remap.cli.framework import Host, run
 from dm_remap.cli.programs import PROGRAMS
 from dm_remap.discovery import Found
 from dm_remap.discovery import Host as DiscoveryHost
+from dm_remap.errors import Refused
 from dm_remap.fingerprint import of_info
 from dm_remap.format import Metadata, pack_slot, slot_sectors_of
 from dm_remap.hiding import Known, Mains, Role, properties_of, role_of
@@ -440,6 +441,25 @@ def test_a_device_is_held_by_our_mapped_devices_only(tmp_path: Path) -> None:
         (disk / "holders" / name / "dm").mkdir(parents=True)
         (disk / "holders" / name / "dm" / "uuid").write_text(volume)
         assert is_held("8:0", UUID_PREFIX, str(tmp_path)) == (name == "dm-1")
+
+
+def test_a_mounted_btrfs_uses_its_device(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The number that mountinfo has of it is of no device."""
+    (tmp_path / "mountinfo").write_text(
+        "25 1 8:1 / / rw,relatime shared:1 - ext4 /dev/sda1 rw\n"
+        "26 25 0:45 /sub /srv rw shared:2 master:1 - btrfs /dev/sdb rw,subvol=/sub\n"
+        "27 25 0:46 / /gone rw - btrfs /dev/sdx rw\n"
+        "28 25 0:5 / /dev rw - devtmpfs udev rw\n"
+    )
+
+    def devno_of(path: str) -> str:
+        if path != "/dev/sdb":
+            raise Refused("no such device")
+        return "8:16"
+
+    monkeypatch.setattr(blockdev, "devno_of", devno_of)
+    found = blockdev._mounts(str(tmp_path / "mountinfo"))
+    assert found == {"8:1": ["/"], "8:16": ["/srv"], "0:46": ["/gone"], "0:5": ["/dev"]}
 
 
 # The command
