@@ -21,10 +21,11 @@ import uuid
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 
-from dm_remap import blockdev, copies, discovery, fingerprint, planner, replacement
+from dm_remap import blockdev, copies, discovery, fingerprint, replacement
 from dm_remap.blockdev import BlockDevice
 from dm_remap.engine import host_id
 from dm_remap.format import MAX_SPARES, NO_DIGEST, Extent, Metadata, plan_geometry
+from dm_remap.target import FAIL
 
 BLKFLSBUF = 0x1261
 CHUNK_SECTORS = 128
@@ -197,7 +198,7 @@ def first(name: str, main_path: str, spares: list[str]) -> Metadata:
         "name": name,
         "chunk_sectors": CHUNK_SECTORS,
         "block_sectors": 1,
-        "on_error": planner.FAIL,
+        "on_error": FAIL,
         "main": replacement.main_entry(info, info.sectors),
         "spares": entries,
     }

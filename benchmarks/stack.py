@@ -26,7 +26,9 @@ from dm_remap.blockdev import BlockDevice
 from dm_remap.devmapper import DeviceMapper, Segment
 from dm_remap.engine import Engine
 from dm_remap.format import Extent
-from dm_remap.planner import Request, plan_absent, plan_present
+from dm_remap.plan_removal import plan_absent
+from dm_remap.planner import plan_present
+from dm_remap.request import Request
 
 NAME = "bench"
 CHUNK_BYTES = 4096

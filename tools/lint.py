@@ -17,10 +17,12 @@ import yaml
 from lay_out_collection import BUILD, COPY, ROOT
 
 CORE = (
-    "assembler blockdev boot cli/documentation cli/installation cli/programs configuration copies "
-    "devmapper dumps engine errors ext extents files first_look format freezing fstab hasty healed "
-    "healer hiding ladder lookup mapping marks mending mounted planner pool reflex replacement "
-    "replacing salvage sizes stack udev xfs"
+    "assembler blockdev boot checks cli/documentation cli/installation cli/programs "
+    "configuration copies devmapper dumps engine errors ext extents files first_look format "
+    "freezing fstab hasty healed healer hiding ladder lookup mapping marks mending mounted plan "
+    "plan_activation plan_creation plan_remap plan_removal plan_replacement plan_restore "
+    "plan_spares plan_upkeep planner pool reflex replacement replacing request salvage sizes "
+    "stack target udev xfs"
 ).split()
 GATE_SECONDS = 300
 

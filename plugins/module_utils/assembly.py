@@ -17,7 +17,10 @@ from . import copies
 from .blockdev import DeviceInfo
 from .discovery import Discovery, Host, Overrides, State, TargetFound
 from .errors import DmRemapError, Refused
-from .planner import ActiveTarget, Plan, Request, Seen, plan_present
+from .plan import Plan
+from .planner import plan_present
+from .request import Request, Seen
+from .target import ActiveTarget
 
 # What became of a target.
 ACTIVE, ASSEMBLED = "active", "assembled"

@@ -18,7 +18,7 @@ from typing import Any, Union
 
 from . import pool
 from .errors import DmRemapError, Refused, count_of
-from .planner import Request, request_faults
+from .request import Request, request_faults
 from .sizes import bytes_of
 
 PATH = "/etc/dm-remap/config.yaml"

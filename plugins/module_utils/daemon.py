@@ -35,12 +35,12 @@ from .files import owners
 from .healed import HealerLink, finding_of, known_number, note_of, number_of
 from .inventory import Guarded, Kept, guarded_targets, kept_of
 from .journal import DamagedJournal, Journal, Observation, Page, failure, move_aside
-from .planner import HOLD
 from .pool import State, event_of_change
 from .probing import DeviceState, Readable, device_state, kernel_name, physical_block
 from .report import event_files
 from .service import HEALER_SOCKET, notify
 from .stack import UUID_PREFIX
+from .target import HOLD
 from .threads import Worker
 from .tracing import READ, BlockError, Parser, TraceInstance
 from .watching import PROBE_ERRORS, Answer, Finding, Patience, Question, Watcher, ask, concerns

@@ -31,12 +31,13 @@ from . import (
     kernel_v4,
     mapping,
     migration,
-    planner,
+    plan_spares,
     replacement,
     replacing,
     stack,
 )
 from .blockdev import SECTOR_BYTES, DeviceInfo, Listed
+from .checks import check_certain
 from .devmapper import DeviceMapper, MappedDevice, Segment, check_name
 from .errors import DmRemapError, Refused, count_of
 from .events import hashed_machine_id, intersect_ranges, subtract_ranges
@@ -50,24 +51,45 @@ from .format import (
     spare_uuid_of,
 )
 from .freezing import FREEZE_SECONDS, Freezer, existing, held_chunks, is_parked, own_part
-from .planner import (
+from .plan import Action, Plan
+from .plan_remap import (
+    choose_places,
+    plan_remap,
+    plan_return,
+    remap_actions,
+    return_actions,
+    with_moves,
+)
+from .plan_restore import RestoreRequest, RestoreSeen
+from .plan_spares import SpareSeen
+from .plan_upkeep import plan_upkeep
+from .probing import MEDIUM_ERRORS, answers, answers_at
+from .request import OldSpare, Request, Seen
+from .salvage import Outcome, Patience, Salvage, Unfinished, begin, salvage
+from .target import (
+    HOLD,
+    RAID_SHIM,
     ActiveSpare,
     ActiveTarget,
     Candidate,
     Holder,
     LostSpare,
     NewTarget,
-    OldSpare,
-    Plan,
-    Request,
-    RestoreRequest,
-    RestoreSeen,
-    Seen,
-    SpareSeen,
     Stray,
+    chunks_on,
+    configured,
+    fails_in_map,
+    index_of_uuid,
+    is_noted,
+    map_table,
+    member_index,
+    sectors_on,
+    shim_of,
+    spare_index,
+    usable_geometries,
+    where,
+    with_notes,
 )
-from .probing import MEDIUM_ERRORS, answers, answers_at
-from .salvage import Outcome, Patience, Salvage, Unfinished, begin, salvage
 
 LOCK_DIR = "/run/dm-remap"
 # How long the kernel holds failed I/O that nobody heals.
@@ -644,7 +666,7 @@ class Engine:
                 continue
             trouble = look.trouble or self._trouble_in_data(look, metadata)
             if trouble or look.candidate is None:
-                mapped = not planner.fails_in_map(target, look.index)
+                mapped = not fails_in_map(target, look.index)
                 lost[look.index] = LostSpare(
                     look.index, look.devno, look.below, path, trouble, mapped
                 )
@@ -671,7 +693,7 @@ class Engine:
 
     def _trouble_in_data(self, look: _Look, metadata: Metadata) -> str:
         """What is wrong with a spare's integrity device, which fails for good by one bad place."""
-        chunks = planner.chunks_on(metadata, look.index)
+        chunks = chunks_on(metadata, look.index)
         if not chunks or look.suspended:
             return ""
         chunk_sectors, block = metadata.config["chunk_sectors"], metadata.config["block_sectors"]
@@ -841,7 +863,7 @@ class Engine:
         for path in (device, replaces):
             with contextlib.suppress(DmRemapError, OSError):
                 devnos[path or ""] = self._blocks.describe(path or "").devno
-        known = planner.spare_index(target, device, devnos.get(device, ""))
+        known = spare_index(target, device, devnos.get(device, ""))
         candidate = None
         lost = {spare.index for spare in target.lost_spares}
         if add and known in (None, *lost) and device in devnos:
@@ -858,7 +880,7 @@ class Engine:
             metadata = None if self._backups.removed(owner) else self._backups.newest(owner)
             if metadata is None or not metadata.extents:
                 continue
-            members = [planner.member_index(info, metadata) for info in spares]
+            members = [member_index(info, metadata) for info in spares]
             if set(members) != {None} or replacement.is_surely(main, metadata.config["main"]):
                 return owner
             if metadata.config.get("name") == name:
@@ -895,9 +917,9 @@ class Engine:
 
     def _has_tags(self, candidate: Candidate, metadata: Metadata) -> bool:
         """Whether dm-integrity's superblock is where a spare of the target has it."""
-        index = planner.member_index(candidate.info, metadata)
+        index = member_index(candidate.info, metadata)
         if candidate.survey.spare_uuid:
-            index = planner.index_of_uuid(metadata, candidate.survey.spare_uuid)
+            index = index_of_uuid(metadata, candidate.survey.spare_uuid)
         if index is None:
             return False
         try:
@@ -905,7 +927,7 @@ class Engine:
         except DmRemapError:
             return False
 
-    def _do_restore_metadata(self, plan: Plan, action: planner.Action) -> None:
+    def _do_restore_metadata(self, plan: Plan, action: Action) -> None:
         """Commit a backup as a new generation, with the entries of new spares."""
         wanted = _metadata_of(plan)
         backup = self._backups.read(wanted.target_uuid, action.details["from"])
@@ -988,7 +1010,7 @@ class Engine:
         """Whether a device is no spare of the target yet."""
         if target is None:
             return True
-        return planner.spare_index(target, path, self._blocks.describe(path).devno) is None
+        return spare_index(target, path, self._blocks.describe(path).devno) is None
 
     def _spares_of(self, name: str, remains: Sequence[str]) -> Iterator[str]:
         """Nodes of the spares that remaining devices of target ``name`` use."""
@@ -1093,16 +1115,16 @@ class Engine:
             self._step(action.kind)
         return chunks
 
-    def _do_remove_remains(self, plan: Plan, action: planner.Action) -> None:
+    def _do_remove_remains(self, plan: Plan, action: Action) -> None:
         if self._existing(action.device).suspended:
             self._mapper.swap(action.device)
         self._mapper.remove(action.device)
 
-    def _do_wipe_spare(self, plan: Plan, action: planner.Action) -> None:
+    def _do_wipe_spare(self, plan: Plan, action: Action) -> None:
         self._blocks.erase_signatures(action.device)
         self._wipe_copies(action.device)
 
-    def _do_wipe_metadata(self, plan: Plan, action: planner.Action) -> None:
+    def _do_wipe_metadata(self, plan: Plan, action: Action) -> None:
         # A device whose near copies are damaged may have been resized since.
         entries = plan.metadata.config["spares"] if plan.metadata else []
         sizes = {entry["geometry"]["spare_sectors"] for entry in entries if entry}
@@ -1119,13 +1141,13 @@ class Engine:
         with self._blocks.BlockDevice(path, writable=True) as device:
             copies.wipe(device, copies.survey(device, sizes))
 
-    def _do_note_removal(self, plan: Plan, action: planner.Action) -> None:
+    def _do_note_removal(self, plan: Plan, action: Action) -> None:
         try:
             self._backups.note_removal(_metadata_of(plan).target_uuid)
         except OSError as error:
             self._progress(f"the removal is not noted in {self._backups.folder}: {error}")
 
-    def _do_format_spare(self, plan: Plan, action: planner.Action) -> None:
+    def _do_format_spare(self, plan: Plan, action: Action) -> None:
         # With a zeroed superblock the kernel makes a new journal, and with zeroed tags no data
         # sector has a valid one: each reads as an error until it is written.
         geometry = geometry_of(_metadata_of(plan), _index_of(plan, action.device))
@@ -1140,7 +1162,7 @@ class Engine:
                     remedy="give another spare",
                 ) from error
 
-    def _do_activate_spare(self, plan: Plan, action: planner.Action) -> None:
+    def _do_activate_spare(self, plan: Plan, action: Action) -> None:
         index = _index_of(plan, action.device)
         self._activate_spare(plan.name, _metadata_of(plan), index, plan.spares[index])
 
@@ -1169,7 +1191,7 @@ class Engine:
             [Segment(0, geometry.data_sectors, "integrity", params)],
         )
 
-    def _do_deactivate_spare(self, plan: Plan, action: planner.Action) -> None:
+    def _do_deactivate_spare(self, plan: Plan, action: Action) -> None:
         self._deactivate_spare(plan.name, _metadata_of(plan), action.details["name"])
 
     def _deactivate_spare(self, name: str, metadata: Metadata, upper: str) -> None:
@@ -1177,14 +1199,14 @@ class Engine:
             if own_part(self._mapper, _dm_uuid(metadata), name, part):
                 self._mapper.remove(part)
 
-    def _do_return_spare(self, plan: Plan, action: planner.Action) -> None:
+    def _do_return_spare(self, plan: Plan, action: Action) -> None:
         """Let a spare that was lost serve its chunks again.
 
         The generation that is committed first shows whoever knows the target that it has changed.
         """
         target, index = self.require(plan.name), action.details["index"]
         name, info = plan.name, plan.spares[index]
-        planner.check_certain(target)
+        check_certain(target)
         if target.frozen or all(lost.index != index for lost in target.lost_spares):
             raise DmRemapError(
                 f"spare {index} is not as it was when its return was planned",
@@ -1209,9 +1231,9 @@ class Engine:
                 device=info.path,
                 remedy="replace it, or remove it with discard_remaps: true",
             )
-        noted = planner.with_notes(
+        noted = with_notes(
             target.metadata,
-            [s.index for s in lost if planner.is_noted(target.metadata, s.index)],
+            [s.index for s in lost if is_noted(target.metadata, s.index)],
         )
         new = replace(self.successor(target.metadata), config=noted.config)
         devices = {**target.spare_infos, index: info}
@@ -1248,13 +1270,13 @@ class Engine:
                 self._mapper.load(name, stack.top_table(sectors, hold, target.unavailable))
                 self._mapper.swap(name, events)
 
-    def _do_serve_spares(self, plan: Plan, action: planner.Action) -> None:
+    def _do_serve_spares(self, plan: Plan, action: Action) -> None:
         self._serve(self.require(plan.name))
 
-    def _do_note_missing(self, plan: Plan, action: planner.Action) -> None:
+    def _do_note_missing(self, plan: Plan, action: Action) -> None:
         """Commit, before a target is used, which of its spares are missing."""
         metadata = _metadata_of(plan)
-        noted = planner.with_notes(metadata, action.details["missing"])
+        noted = with_notes(metadata, action.details["missing"])
         new = replace(self.successor(metadata), config=noted.config)
         stale = self._left_out.get(metadata.target_uuid, set())
         with contextlib.ExitStack() as members:
@@ -1262,7 +1284,7 @@ class Engine:
             self._commit_to(opened, metadata, new, stale & set(opened))
         self.backup(new)
 
-    def _do_add_spare(self, plan: Plan, action: planner.Action) -> None:
+    def _do_add_spare(self, plan: Plan, action: Action) -> None:
         target, index = self.require(plan.name), action.details["index"]
         entry = _metadata_of(plan).config["spares"][index]
         new = self._with_entry(target.metadata, index, entry)
@@ -1278,7 +1300,7 @@ class Engine:
             self._commit(target, opened, current, new)
         self.backup(new)
 
-    def _do_remove_spare(self, plan: Plan, action: planner.Action) -> None:
+    def _do_remove_spare(self, plan: Plan, action: Action) -> None:
         target, index = self.require(plan.name), action.details["index"]
         self._commit_alone(target, self._with_entry(target.metadata, index, None), without=index)
         left = tuple(spare for spare in target.spares if spare.index != index)
@@ -1294,14 +1316,14 @@ class Engine:
         config = {**metadata.config, "spares": entries}
         return metadata.successor(time.time_ns(), host_id=host_id(), config=config)
 
-    def _do_drain_spare(self, plan: Plan, action: planner.Action) -> list[RemappedChunk]:
+    def _do_drain_spare(self, plan: Plan, action: Action) -> list[RemappedChunk]:
         return self._empty_spare(plan, action, frozenset())
 
-    def _do_discard_chunks(self, plan: Plan, action: planner.Action) -> list[RemappedChunk]:
+    def _do_discard_chunks(self, plan: Plan, action: Action) -> list[RemappedChunk]:
         return self._empty_spare(plan, action, frozenset({action.details["index"]}))
 
     def _empty_spare(
-        self, plan: Plan, action: planner.Action, discard: frozenset[int]
+        self, plan: Plan, action: Action, discard: frozenset[int]
     ) -> list[RemappedChunk]:
         """Move all chunks off a spare, some in each freeze."""
         target, index = self.require(plan.name), action.details["index"]
@@ -1319,13 +1341,13 @@ class Engine:
                 device=action.device,
                 remedy="look at the target again and decide anew",
             )
-        chunks = planner.chunks_on(target.metadata, index)
+        chunks = chunks_on(target.metadata, index)
         done: list[RemappedChunk] = []
         with contextlib.ExitStack() as opened:
             disks = opened.enter_context(self.opened(target))
             opened.enter_context(self._guarded(target, disks))
-            for first in range(0, len(chunks), planner.DRAIN_CHUNKS):
-                batch = chunks[first : first + planner.DRAIN_CHUNKS]
+            for first in range(0, len(chunks), plan_spares.DRAIN_CHUNKS):
+                batch = chunks[first : first + plan_spares.DRAIN_CHUNKS]
                 with self._mapper.events() as events:
                     moved = self.move(target, disks, batch, Patience(), events, route=route)
                 choice = replace(target.choice, metadata=moved.metadata)
@@ -1336,7 +1358,7 @@ class Engine:
         self.cut_off(self.require(plan.name))
         return done
 
-    def _do_commit_metadata(self, plan: Plan, action: planner.Action) -> None:
+    def _do_commit_metadata(self, plan: Plan, action: Action) -> None:
         draft = replace(_metadata_of(plan), timestamp_ns=time.time_ns(), host_id=host_id())
         self._commit_new(plan, None, draft)
 
@@ -1355,7 +1377,7 @@ class Engine:
                 )
         self.backup(draft)
 
-    def _do_migrate_chunks(self, plan: Plan, action: planner.Action) -> list[RemappedChunk]:
+    def _do_migrate_chunks(self, plan: Plan, action: Action) -> list[RemappedChunk]:
         """Copy what the old spare stands in for to the new ones, then commit that as generation 1.
 
         Nothing uses the target yet. Each batch is on its spares for good before the commit.
@@ -1376,15 +1398,15 @@ class Engine:
                 },
                 members=self._open_members(opened, plan.spares),
             )
-            for first in range(0, len(chunks), planner.DRAIN_CHUNKS):
-                batch = chunks[first : first + planner.DRAIN_CHUNKS]
+            for first in range(0, len(chunks), plan_spares.DRAIN_CHUNKS):
+                batch = chunks[first : first + plan_spares.DRAIN_CHUNKS]
                 works = self._gather(plan, batch, disks.old_main, source)
                 holder = NewTarget(plan.name, draft, plan.spares)
                 self._write_chunks(works, holder, draft, disks, TO_SPARES)
                 self._step("data_flushed")
                 moves = {work.chunk: work.place for work in works}
                 lost = [item for work in works for item in work.lost]
-                draft = planner.with_moves(draft, moves, lost)
+                draft = with_moves(draft, moves, lost)
                 done += [_report(work, "") for work in works]
                 self._progress(f"{len(done)} of {len(chunks)} chunks are migrated")
         self._commit_new(plan, None, draft)
@@ -1429,7 +1451,7 @@ class Engine:
                     works[chunk].salvage.keep(offset + first, data, outcome)
         return list(works.values())
 
-    def _do_verify_migration(self, plan: Plan, action: planner.Action) -> None:
+    def _do_verify_migration(self, plan: Plan, action: Action) -> None:
         """Read all that was migrated through the target's own map, before anybody can write to it.
 
         Raises:
@@ -1438,7 +1460,7 @@ class Engine:
         taken, old, main = _migration_of(plan)
         metadata = self._chosen(plan).metadata
         part = stack.map_name(plan.name)
-        table = planner.map_table(metadata, main.devno, self._spare_devnos(plan))
+        table = map_table(metadata, main.devno, self._spare_devnos(plan))
         devno = self._create_part(metadata, plan.name, part, table)
         try:
             with contextlib.ExitStack() as opened:
@@ -1463,7 +1485,7 @@ class Engine:
                 surveys[info.path] = copies.survey(device)
         return copies.choose(surveys)
 
-    def _do_repair_metadata(self, plan: Plan, action: planner.Action) -> None:
+    def _do_repair_metadata(self, plan: Plan, action: Action) -> None:
         index = _index_of(plan, action.device)
         spare_uuid = spare_uuid_of(_metadata_of(plan), index)
         choice = self._chosen(plan)
@@ -1480,17 +1502,17 @@ class Engine:
             self._left_out.setdefault(choice.metadata.target_uuid, set()).add(index)
             self._progress(str(error))
 
-    def _do_write_copies(self, plan: Plan, action: planner.Action) -> None:
+    def _do_write_copies(self, plan: Plan, action: Action) -> None:
         metadata = _metadata_of(plan)
         spare_uuid = spare_uuid_of(metadata, _index_of(plan, action.device))
         with self._blocks.BlockDevice(action.device, writable=True) as device:
             copies.repair(device, copies.only(metadata), spare_uuid)
 
-    def _do_wipe_main(self, plan: Plan, action: planner.Action) -> None:
+    def _do_wipe_main(self, plan: Plan, action: Action) -> None:
         self._blocks.erase_signatures(action.device)
         self._wipe_copies(action.device)
 
-    def _do_create_target(self, plan: Plan, action: planner.Action) -> None:
+    def _do_create_target(self, plan: Plan, action: Action) -> None:
         if plan.main is None:
             raise AssertionError("a plan that creates a target has a main")
         name, metadata, main = plan.name, _metadata_of(plan), plan.main
@@ -1500,7 +1522,7 @@ class Engine:
             raise AssertionError("a target is not activated before its migration is verified")
         spares = self._spare_devnos(plan)
         upper_main, flushed = main.devno, ""
-        if planner.shim_of(metadata) == planner.RAID_SHIM:
+        if shim_of(metadata) == RAID_SHIM:
             upper_main = self._create_part(
                 metadata,
                 name,
@@ -1512,10 +1534,10 @@ class Engine:
         if plan.replacement:
             new_main = self._create_new_main(plan)
             self._create_parked(metadata, name, main.devno)
-        table = planner.map_table(metadata, upper_main, spares, flushed, new_main=new_main)
-        if metadata.config["on_error"] == planner.HOLD:
-            missing = [i for i in planner.configured(metadata) if i not in plan.spares]
-            cut = planner.sectors_on(metadata, missing)
+        table = map_table(metadata, upper_main, spares, flushed, new_main=new_main)
+        if metadata.config["on_error"] == HOLD:
+            missing = [i for i in configured(metadata) if i not in plan.spares]
+            cut = sectors_on(metadata, missing)
             table = self._create_hold(metadata, name, table, main.devno, cut)
         # Without it, the host would not know its target nor whose main it is after a restart.
         kept = self._backups.newest(metadata.target_uuid)
@@ -1543,7 +1565,7 @@ class Engine:
         table = stack.whole_table(stack.CARRIER_SECTORS, place)
         self._create_part(metadata, name, stack.frozen_name(name), table)
 
-    def _do_replace_main(self, plan: Plan, action: planner.Action) -> None:
+    def _do_replace_main(self, plan: Plan, action: Action) -> None:
         """Begin the replacement, unless it has begun; `replace_main` carries it on."""
         target = self.require(plan.name)
         if target.replacement or plan.replacement is None or target.main is None:
@@ -1560,7 +1582,7 @@ class Engine:
             return info.path
         return next(iter(self._blocks.links_to(info.devno)), info.path)
 
-    def _do_undo_replacement(self, plan: Plan, action: planner.Action) -> None:
+    def _do_undo_replacement(self, plan: Plan, action: Action) -> None:
         """Nothing has to be begun; `replace_main` does it all."""
 
     def replace_main(
@@ -1605,7 +1627,7 @@ class Engine:
         target = self.require(target.name)
         self._clear_leftovers(target)
         target = self.require(target.name)
-        if planner.shim_of(target.metadata) == planner.RAID_SHIM and target.shim is None:
+        if shim_of(target.metadata) == RAID_SHIM and target.shim is None:
             self._insert_shim(target)
 
     def _clear_leftovers(self, target: ActiveTarget) -> None:
@@ -1651,7 +1673,7 @@ class Engine:
             self._create_parked(metadata, name, carrier)
         return stack.top_table(sectors, hold, cut)
 
-    def _do_remove_target(self, plan: Plan, action: planner.Action) -> None:
+    def _do_remove_target(self, plan: Plan, action: Action) -> None:
         target = self._existing(plan.name)
         # A copy that goes on would write to a disk that is not the target's any more.
         with self.copying(plan.name):
@@ -1671,11 +1693,11 @@ class Engine:
             if self._part(target, part):
                 self._mapper.remove(part)
 
-    def _do_thaw(self, plan: Plan, action: planner.Action) -> None:
+    def _do_thaw(self, plan: Plan, action: Action) -> None:
         given_up = action.details.get("without", ())
         self._end_freeze(plan.name, set(range(MAX_SPARES)).difference(given_up), parting=True)
 
-    def _do_tidy(self, plan: Plan, action: planner.Action) -> None:
+    def _do_tidy(self, plan: Plan, action: Action) -> None:
         target = self.require(plan.name)
         self._resume_spares(target)
         self._clear_leftovers(target)
@@ -1687,7 +1709,7 @@ class Engine:
             if device and device.suspended:
                 self._mapper.swap(device.name)
 
-    def _do_update_config(self, plan: Plan, action: planner.Action) -> None:
+    def _do_update_config(self, plan: Plan, action: Action) -> None:
         target = self.require(plan.name)
         settings = {key: value for key, value in action.details.items() if key != "generation"}
         self._commit_config(target, {**target.metadata.config, **settings})
@@ -1704,7 +1726,7 @@ class Engine:
             self._commit(target, self._open_members(members, devices), target.metadata, new)
         self.backup(new)
 
-    def _do_hold_errors(self, plan: Plan, action: planner.Action) -> None:
+    def _do_hold_errors(self, plan: Plan, action: Action) -> None:
         target = self.require(plan.name)
         # What an interrupted switch left stands under nothing.
         self._remove_parts(target.device, stack.hold_name(plan.name), stack.map_name(plan.name))
@@ -1715,7 +1737,7 @@ class Engine:
         with self._mapper.events() as events:
             self._mapper.swap(plan.name, events)
 
-    def _do_pass_errors(self, plan: Plan, action: planner.Action) -> None:
+    def _do_pass_errors(self, plan: Plan, action: Action) -> None:
         target = self.require(plan.name)
         if target.path:
             # Nothing may wait while the swap waits for what is in flight.
@@ -1725,10 +1747,10 @@ class Engine:
                 self._mapper.swap(plan.name, events)
         self._remove_parts(target.device, stack.hold_name(plan.name), stack.map_name(plan.name))
 
-    def _do_restore_hold(self, plan: Plan, action: planner.Action) -> None:
+    def _do_restore_hold(self, plan: Plan, action: Action) -> None:
         self.release(self.require(plan.name))
 
-    def _do_cut_off(self, plan: Plan, action: planner.Action) -> None:
+    def _do_cut_off(self, plan: Plan, action: Action) -> None:
         self.cut_off(self.require(plan.name))
 
     def cut_off(
@@ -1843,7 +1865,7 @@ class Engine:
             self._freezer.park(target)
         return bool(failed)
 
-    def _do_insert_shim(self, plan: Plan, action: planner.Action) -> None:
+    def _do_insert_shim(self, plan: Plan, action: Action) -> None:
         self._insert_shim(self.require(plan.name))
 
     def _insert_shim(self, target: ActiveTarget) -> None:
@@ -1857,7 +1879,7 @@ class Engine:
         shimmed = replace(target, shim=self._existing(part))
         self._swap_map(shimmed, shimmed.map_table(target.metadata))
 
-    def _do_remove_shim(self, plan: Plan, action: planner.Action) -> None:
+    def _do_remove_shim(self, plan: Plan, action: Action) -> None:
         target = replace(self.require(plan.name), shim=None)
         self._swap_map(target, target.map_table(target.metadata))
         # It stands under a parked place too.
@@ -1963,7 +1985,7 @@ class Engine:
         """
         return self._by_plan(
             name,
-            lambda target, generation: planner.plan_remap(target, ranges, generation),
+            lambda target, generation: plan_remap(target, ranges, generation),
             ranges,
             expected_generation,
             patience or Patience(),
@@ -1998,7 +2020,7 @@ class Engine:
     ) -> Plan:
         """Plan the return of chunks to main, but for those with sectors that cannot be read."""
         lost = extents.merge_sectors(self.lost_before(target, ranges))
-        return planner.plan_return(target, ranges, expected_generation, lost)
+        return plan_return(target, ranges, expected_generation, lost)
 
     def change_sectors(
         self,
@@ -2029,7 +2051,7 @@ class Engine:
         with self.locked(name):
             if check:
                 target = self.require(name)
-                plan_for = self.plan_return if returned else planner.plan_remap
+                plan_for = self.plan_return if returned else plan_remap
                 plan = plan_for(target, ranges, expected_generation)
                 lost = self.lost_before(target, ranges)
                 report = RemapReport(plan, staying(target, lost) if returned else [], lost)
@@ -2052,7 +2074,7 @@ class Engine:
         begun = time.monotonic()
         target = self.require(name)
         first = plan_for(target, expected_generation)
-        upkeep = planner.plan_upkeep(target)
+        upkeep = plan_upkeep(target)
         self.apply(upkeep)
         lock_memory()
         if upkeep.changes:
@@ -2123,7 +2145,7 @@ class Engine:
             if action.kind in ("remap_chunk", "return_chunk")
         ]
         if not chunks:
-            return RemapReport(planner.remap_actions(target, (), ()))
+            return RemapReport(remap_actions(target, (), ()))
         self._freezer.check_names(target)
         with contextlib.ExitStack() as opened:
             disks = opened.enter_context(self.opened(target, main_writable=route.to_main))
@@ -2133,9 +2155,9 @@ class Engine:
         if moved.metadata is not target.metadata:
             self.backup(moved.metadata)
         if route.to_main:
-            done = planner.return_actions(target, [c.chunk for c in moved.chunks if c.moved])
+            done = return_actions(target, [c.chunk for c in moved.chunks if c.moved])
         else:
-            done = planner.remap_actions(target, moved.extents, moved.lost)
+            done = remap_actions(target, moved.extents, moved.lost)
         return RemapReport(
             plan=replace(done, warnings=tuple(moved.left_out.values())),
             chunks=moved.chunks,
@@ -2458,7 +2480,7 @@ class Engine:
         metadata = target.metadata
         chunk_sectors = metadata.config["chunk_sectors"]
         block_sectors = metadata.config["block_sectors"]
-        place = planner.where(metadata, chunk)
+        place = where(metadata, chunk)
         start, length = place["start"], place["count"]
         source = extents.place_of(metadata.extents, chunk)
         sector = source.physical * chunk_sectors if source else start
@@ -2510,7 +2532,7 @@ class Engine:
         """
         usable = {
             index: geometry
-            for index, geometry in planner.usable_geometries(target).items()
+            for index, geometry in usable_geometries(target).items()
             if index not in route.avoid
         }
         shunned: list[tuple[int, int]] = []
@@ -2568,7 +2590,7 @@ class Engine:
     ) -> None:
         try:
             chunks = [work.chunk for work in works]
-            placed = planner.choose_places(target.metadata, chunks, usable, taken, shunned, prefer)
+            placed = choose_places(target.metadata, chunks, usable, taken, shunned, prefer)
         except Refused as error:
             for index, info in target.spare_infos.items():
                 if index in faults:
@@ -2609,7 +2631,7 @@ class Engine:
     def _next(self, metadata: Metadata, works: Sequence[_Work]) -> Metadata:
         moves = {work.chunk: work.place for work in works}
         lost = [item for work in works for item in work.lost]
-        return planner.with_moves(self.successor(metadata), moves, lost)
+        return with_moves(self.successor(metadata), moves, lost)
 
     def _open_members(
         self, stack: contextlib.ExitStack, spares: Mapping[int, DeviceInfo]
@@ -2684,13 +2706,11 @@ class Engine:
                 return
             hiding = [i for i in target.choice.missing if members is None or i in members]
             lost = {
-                chunk
-                for s in target.lost_spares
-                for chunk in planner.chunks_on(target.metadata, s.index)
+                chunk for s in target.lost_spares for chunk in chunks_on(target.metadata, s.index)
             }
             # What is on a lost spare shows no old data.
             doubtful = bool(hiding) and not lost.issuperset(chunks)
-            if doubtful and parting and all(planner.is_noted(target.metadata, i) for i in hiding):
+            if doubtful and parting and all(is_noted(target.metadata, i) for i in hiding):
                 target = self._part_from_missing(target)
             elif doubtful:
                 # A newer generation may be there, and would later show the chunks' old data.
@@ -2730,7 +2750,7 @@ class Engine:
         Raises:
             DmRemapError: no spare holds it whole.
         """
-        upkeep = planner.plan_upkeep(target)
+        upkeep = plan_upkeep(target)
         for action in upkeep.actions:
             if action.kind == "repair_metadata":
                 self._do_repair_metadata(upkeep, action)
@@ -2791,7 +2811,7 @@ def _judged(target: ActiveTarget, over_main: str) -> ActiveTarget:
     idle = {
         spare.index: spare
         for spare in target.spares
-        if spare.devno not in used and planner.fails_in_map(target, spare.index)
+        if spare.devno not in used and fails_in_map(target, spare.index)
     }
     lost = [*target.lost_spares]
     for index, spare in idle.items():
@@ -2841,13 +2861,13 @@ def _migration_of(plan: Plan) -> tuple[migration.Migration, DeviceInfo, DeviceIn
 
 def _pieces_of(metadata: Metadata, taken: migration.Migration, chunk: int) -> list[migration.Piece]:
     """What a chunk of a new target is made of."""
-    place = planner.where(metadata, chunk)
+    place = where(metadata, chunk)
     return taken.pieces(place["start"], place["count"])
 
 
 def _empty_work(metadata: Metadata, taken: migration.Migration, chunk: int) -> _Work:
     """A chunk of a new target before anything of it was read, all of it lost so far."""
-    place = planner.where(metadata, chunk)
+    place = where(metadata, chunk)
     start, length = place["start"], place["count"]
     everything = begin(
         start, length, metadata.config["block_sectors"], [(start, length)], Patience()
@@ -3049,12 +3069,12 @@ def staying(target: ActiveTarget, unreadable: Sequence[tuple[int, int]]) -> list
     for chunk, some in by_chunk.items():
         lost = list(extents.merge_sectors(some))
         place = extents.place_of(target.metadata.extents, chunk)
-        where = planner.where(target.metadata, chunk)
+        position = where(target.metadata, chunk)
         found.append(
             RemappedChunk(
                 chunk=chunk,
-                start=where["start"],
-                count=where["count"],
+                start=position["start"],
+                count=position["count"],
                 spare=place.spare if place else None,
                 spare_chunk=place.physical if place else None,
                 recovered_first_read=0,

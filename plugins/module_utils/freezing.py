@@ -18,7 +18,7 @@ from . import extents, mapping, replacement, stack
 from .devmapper import MappedDevice, Segment
 from .errors import DmRemapError, Refused
 from .format import Metadata
-from .planner import ActiveTarget, where
+from .target import ActiveTarget, where
 
 # How long I/O to a frozen chunk waits at most before it fails, if nobody gives another time.
 FREEZE_SECONDS = 120.0

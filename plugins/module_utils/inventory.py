@@ -18,10 +18,10 @@ from .devmapper import MappedDevice, Segment
 from .extents import merge_sectors
 from .format import MAX_SPARES, Metadata, geometry_of
 from .mapping import linear_target
-from .planner import FAIL, HOLD
 from .pool import State, pool_of, state_of, thresholds_of, warning_of
 from .probing import serves_requests, whole_disk
 from .stack import spare_name
+from .target import FAIL, HOLD
 
 
 @dataclass(frozen=True)

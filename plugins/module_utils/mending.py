@@ -3,8 +3,8 @@
 # SPDX-License-Identifier: GPL-3.0-or-later
 """Plans that bring the copies of the metadata on spares in order, by hand (pure).
 
-`planner` repairs what an active target or its activation needs. Here are the spares of a target
-that is not active, and generations that come from a dump or a backup.
+`plan_upkeep` repairs what an active target or its activation needs. Here are the spares of a
+target that is not active, and generations that come from a dump or a backup.
 """
 
 from __future__ import annotations
@@ -14,19 +14,12 @@ from dataclasses import dataclass
 
 from . import copies
 from .blockdev import DeviceInfo
+from .checks import check_identity, check_not_reused
 from .errors import Refused, count_of
 from .format import COPIES, Metadata, geometry_of, spare_uuid_of
-from .planner import (
-    Action,
-    ActiveTarget,
-    Candidate,
-    Plan,
-    check_identity,
-    check_not_reused,
-    chunks_on,
-    plan_upkeep,
-    warnings_of,
-)
+from .plan import Action, Plan, warnings_of
+from .plan_upkeep import plan_upkeep
+from .target import ActiveTarget, Candidate, chunks_on
 
 
 def plan_target_repair(target: ActiveTarget) -> Plan:

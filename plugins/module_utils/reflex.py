@@ -26,10 +26,11 @@ from .engine import Disks, Engine, Moved
 from .errors import DmRemapError
 from .events import intersect_ranges
 from .hasty import HastyReader
-from .planner import ActiveTarget, degradation, plan_upkeep
+from .plan_upkeep import plan_upkeep
 from .probing import MEDIUM_ERRORS, DeviceState, device_state, serves_requests, whole_disk
 from .report import sector_ranges
 from .salvage import Patience, Salvage, Unfinished
+from .target import ActiveTarget, degradation
 from .tracing import FLUSH, READ, WHOLESALE, BlockError, Lost, Parser, TraceInstance
 
 INSTANCE = "dm_remap_reflex"

@@ -20,14 +20,16 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
-from . import blockdev, extents, planner, replacement, stack
+from . import blockdev, extents, replacement, stack
+from .checks import check_certain
 from .devmapper import MappedDevice
 from .errors import DmRemapError, Refused
 from .format import Metadata
 from .freezing import FREEZE_SECONDS, Freezer
-from .planner import ActiveTarget
+from .plan_upkeep import plan_upkeep
 from .probing import MEDIUM_ERRORS
 from .salvage import Outcome, Patience, salvage
+from .target import ActiveTarget
 
 if TYPE_CHECKING:
     from .engine import Disks, Engine, OpenDevice
@@ -393,11 +395,11 @@ class Replacing:
     def _whole(self, name: str) -> ActiveTarget:
         """The target, after what an interruption has left was put right."""
         target = self._engine.require(name)
-        upkeep = planner.plan_upkeep(target)
+        upkeep = plan_upkeep(target)
         if upkeep.changes:
             self._engine.apply(upkeep)
             target = self._engine.require(name)
-        planner.check_certain(target)
+        check_certain(target)
         return target
 
     def _next_window(self, metadata: Metadata, undo: bool) -> range:

@@ -15,19 +15,16 @@ from . import pool, replacement
 from .errors import DmRemapError, count_of
 from .extents import merge_sectors
 from .files import Owner
-from .planner import (
-    SECTOR_BYTES,
+from .marks import SECTOR_BYTES
+from .plan import Plan, pool_warnings, readable_table, warnings_of
+from .target import (
     ActiveTarget,
     LostSpare,
-    Plan,
     chunks_on,
     degradation,
-    pool_warnings,
-    readable_table,
     sectors_of,
     shim_of,
     usable_geometries,
-    warnings_of,
 )
 
 if TYPE_CHECKING:

@@ -171,7 +171,7 @@ from ansible.module_utils.basic import AnsibleModule
 
 from ..module_utils.engine import Engine
 from ..module_utils.errors import DmRemapError, count_of
-from ..module_utils.planner import SpareRequest, plan_spare_absent, plan_spare_present
+from ..module_utils.plan_spares import SpareRequest, plan_spare_absent, plan_spare_present
 from ..module_utils.report import describe_emptied, describe_target, diff_of
 
 

@@ -318,17 +318,12 @@ from ansible.module_utils.basic import AnsibleModule
 from ..module_utils.configuration import request_of
 from ..module_utils.engine import Engine, request_seen
 from ..module_utils.errors import DmRemapError, Refused, count_of
-from ..module_utils.planner import (
-    REPLACE,
-    UNDO,
-    Plan,
-    Request,
-    Seen,
-    plan_absent,
-    plan_present,
-)
+from ..module_utils.plan import REPLACE, UNDO, Plan
+from ..module_utils.plan_removal import plan_absent
+from ..module_utils.planner import plan_present
 from ..module_utils.replacing import Pace
 from ..module_utils.report import describe_migration, describe_target, diff_of
+from ..module_utils.request import Request, Seen
 from ..module_utils.sizes import bytes_of
 
 

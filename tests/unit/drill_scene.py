@@ -16,7 +16,8 @@ from dm_remap.assembly import Order, Report
 from dm_remap.backups import Backups
 from dm_remap.engine import Engine
 from dm_remap.format import minimum_spare_sectors, slot_sectors_of
-from dm_remap.planner import Request, plan_present
+from dm_remap.planner import plan_present
+from dm_remap.request import Request
 from dm_remap.salvage import Patience
 from tests.unit.fake_kernel import SECTOR, Disk, Kernel, Process
 

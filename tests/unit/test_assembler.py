@@ -23,7 +23,7 @@ from dm_remap.engine import Engine
 from dm_remap.errors import Refused
 from dm_remap.fingerprint import of_info
 from dm_remap.hiding import Known, Mains, role_of
-from dm_remap.planner import plan_absent
+from dm_remap.plan_removal import plan_absent
 from dm_remap.salvage import Patience
 from dm_remap.udev import Event
 from tests.unit.drill_scene import CHUNK, CHUNKS, STALE, TARGETS, Drill, make_drill

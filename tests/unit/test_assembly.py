@@ -29,8 +29,10 @@ from dm_remap.engine import Engine
 from dm_remap.errors import DmRemapError, Refused
 from dm_remap.fingerprint import of_info
 from dm_remap.format import Metadata, geometry_of, pack_slot, slot_sectors_of, spare_uuid_of
-from dm_remap.planner import Request, plan_absent, plan_present
+from dm_remap.plan_removal import plan_absent
+from dm_remap.planner import plan_present
 from dm_remap.replacing import Pace
+from dm_remap.request import Request
 from dm_remap.salvage import Patience
 from plugins.modules import assemble as assemble_module
 from plugins.modules import info as info_module

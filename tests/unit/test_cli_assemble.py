@@ -15,7 +15,8 @@ import pytest
 
 from dm_remap.cli.framework import run
 from dm_remap.cli.programs import PROGRAMS
-from dm_remap.planner import Request, plan_present
+from dm_remap.planner import plan_present
+from dm_remap.request import Request
 from dm_remap.salvage import Patience
 from tests.unit.cli_scene import Desk, Terminal, be_root_at_a_known_time, settled
 from tests.unit.drill_scene import CHUNK as DRILL_CHUNK

@@ -27,7 +27,7 @@ from dm_remap.blockdev import DeviceInfo, Use
 from dm_remap.dumps import BadDump, from_text, to_text
 from dm_remap.errors import Refused
 from dm_remap.format import Extent, Metadata, geometry_of, slot_sectors_of, spare_uuid_of
-from dm_remap.planner import Candidate
+from dm_remap.target import Candidate
 from tests.unit.cli_scene import Desk
 from tests.unit.fake_kernel import FILESYSTEM_MAGIC, FILESYSTEM_SECTOR, SECTOR, Process
 from tests.unit.test_engine import NAME, Scene, make_scene

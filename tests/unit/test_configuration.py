@@ -15,7 +15,7 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dm_remap import configuration, planner, pool
+from dm_remap import configuration, pool
 from dm_remap.configuration import (
     Assembly,
     BadConfiguration,
@@ -25,7 +25,8 @@ from dm_remap.configuration import (
     request_of,
 )
 from dm_remap.errors import DmRemapError
-from dm_remap.planner import Request, plan_present
+from dm_remap.planner import plan_present
+from dm_remap.request import ON_ERROR, SHIMS, Request
 from dm_remap.sizes import bytes_of, size_text
 from tests.unit.test_planner import REQUEST, blank
 
@@ -384,8 +385,8 @@ def test_the_words_are_those_of_the_module() -> None:
     own = {"wipe", "discard_remaps", "state", "copy_rate"}
     own |= {"migrate_from", "migrate_pending", "migrate_unit", "degraded"}
     assert set(configuration.ENTRY_KEYS) - {"assemble"} == set(options) - own
-    assert tuple(options["on_error"]["choices"]) == planner.ON_ERROR
-    assert tuple(options["shim"]["choices"]) == planner.SHIMS
+    assert tuple(options["on_error"]["choices"]) == ON_ERROR
+    assert tuple(options["shim"]["choices"]) == SHIMS
     assert tuple(options["allocation"]["choices"]) == pool.POLICIES
 
 

@@ -18,24 +18,21 @@ from pathlib import Path
 
 import pytest
 
-from dm_remap import copies, planner
+from dm_remap import copies
 from dm_remap import engine as engine_module
 from dm_remap.backups import Backups
 from dm_remap.copies import SplitBrain
 from dm_remap.engine import Engine
 from dm_remap.errors import DmRemapError, Refused
 from dm_remap.format import MAX_HISTORY, Extent, geometry_of, minimum_spare_sectors, slot_sectors_of
-from dm_remap.planner import (
-    ActiveTarget,
-    Plan,
-    RestoreRequest,
-    SpareRequest,
-    plan_absent,
-    plan_present,
-    plan_restore,
-    plan_spare_present,
-)
+from dm_remap.plan import Plan
+from dm_remap.plan_removal import plan_absent
+from dm_remap.plan_restore import RestoreRequest, plan_restore
+from dm_remap.plan_spares import SpareRequest, plan_spare_present
+from dm_remap.plan_upkeep import plan_upkeep
+from dm_remap.planner import plan_present
 from dm_remap.report import describe_target
+from dm_remap.target import ActiveTarget, with_notes
 from tests.parameters import short_form
 from tests.unit.fake_kernel import SECTOR, Process
 from tests.unit.test_engine import (
@@ -448,7 +445,7 @@ def test_a_spare_that_was_pulled_returns_after_a_flush_has_failed(
     scene.kernel.disks["/dev/spare1"] = pulled
     engine = scene.engine()
     if on_error == "hold":
-        engine.apply(planner.plan_upkeep(target_of(scene)))
+        engine.apply(plan_upkeep(target_of(scene)))
     plan = scene.plan()
     assert kinds(plan) == []
     assert any("a flush must fail first" in text for text in plan.warnings)
@@ -564,7 +561,7 @@ def test_a_crash_anywhere_in_a_return(
         for left in power_cuts(crash):
             activate(left)
             check(left, on, away, crash.label)
-        killed.engine().apply(planner.plan_upkeep(target_of(killed)))
+        killed.engine().apply(plan_upkeep(target_of(killed)))
         assert target_of(killed).certain, crash.label
         killed.create()
         check(killed, on, away, crash.label)
@@ -599,7 +596,7 @@ def test_what_a_missing_spare_may_know_of_an_interrupted_remap_never_counts_late
         for crash in crashes_of(scene, lambda engine: scene.remap((120, 1), engine=engine))
         if target_of(crash.scene).frozen
     )
-    config = planner.with_notes(known, ()).config
+    config = with_notes(known, ()).config
     back = known.successor(known.timestamp_ns + 1, config=config)
     place = max(e.physical + e.length for e in known.extents if e.spare == 1)
     extents = (*back.extents, Extent(120 // CHUNK, 1, 1, place))
@@ -607,7 +604,7 @@ def test_what_a_missing_spare_may_know_of_an_interrupted_remap_never_counts_late
     with Process(frozen.kernel).blocks.BlockDevice("/dev/spare1", writable=True) as device:
         copies.commit({1: device}, None, back, stale={1})
         copies.commit({1: device}, back, ahead)
-    frozen.engine().apply(planner.plan_upkeep(target_of(frozen)))
+    frozen.engine().apply(plan_upkeep(target_of(frozen)))
     frozen.app.write(frozen.kernel, 121)
     frozen.app.flush(frozen.kernel)
     frozen.kernel.cut_power(frozen.kernel.volatile())

@@ -20,8 +20,11 @@ from dm_remap.engine import RemappedChunk, RemapReport
 from dm_remap.errors import DmRemapError
 from dm_remap.files import Owner
 from dm_remap.format import Extent, LostRange
-from dm_remap.planner import Action, LostSpare, OldSpare, Plan, Request, plan_present
+from dm_remap.plan import Action, Plan
+from dm_remap.planner import plan_present
 from dm_remap.report import describe_emptied, describe_remap, describe_target
+from dm_remap.request import OldSpare, Request
+from dm_remap.target import LostSpare
 from plugins.modules import assemble as assemble_module
 from plugins.modules import target as target_module
 from tests import old_spare

@@ -19,14 +19,20 @@ from typing import Any
 
 import pytest
 
-from dm_remap import copies, files, planner
+from dm_remap import copies, extents, files
 from dm_remap import engine as engine_module
 from dm_remap.devmapper import Segment
 from dm_remap.engine import Engine, Moved, RemapReport, Route
 from dm_remap.errors import DmRemapError, Refused, StaleGeneration
 from dm_remap.format import geometry_of, minimum_spare_sectors
-from dm_remap.planner import Plan, Request, plan_absent, plan_present, plan_upkeep
+from dm_remap.plan import Plan
+from dm_remap.plan_remap import plan_remap
+from dm_remap.plan_removal import plan_absent
+from dm_remap.plan_upkeep import plan_upkeep
+from dm_remap.planner import plan_present
+from dm_remap.request import Request
 from dm_remap.salvage import Patience
+from dm_remap.target import ActiveTarget
 from tests.parameters import short_form
 from tests.unit.fake_kernel import (
     FILESYSTEM_MAGIC,
@@ -136,7 +142,7 @@ class Scene:
         for sector in sectors if failures is None else ():
             self.app.versions[sector - sector % self.app.block] = [None]
 
-    def plan(self, engine: Engine | None = None) -> planner.Plan:
+    def plan(self, engine: Engine | None = None) -> Plan:
         used = engine or self.engine()
         seen = used.see(self.request.name, self.request.main, self.request.spares)
         return plan_present(self.request, seen)
@@ -211,8 +217,8 @@ class Scene:
         lost = [(item.sector, item.count) for item in target.metadata.lost]
         assert all(self.is_spared(target, sector) for sector, _count in lost), why
 
-    def is_spared(self, target: planner.ActiveTarget, sector: int) -> bool:
-        return planner.extents.find(target.metadata.extents, sector // CHUNK) is not None
+    def is_spared(self, target: ActiveTarget, sector: int) -> bool:
+        return extents.find(target.metadata.extents, sector // CHUNK) is not None
 
 
 def make_scene(
@@ -299,7 +305,7 @@ def test_a_target_that_is_in_use_stays(target: Scene) -> None:
 
 def test_a_device_of_something_else_keeps_its_name(scene: Scene) -> None:
     scene.kernel.insert(NAME, "LVM-something")
-    scene.kernel.load(NAME, [planner.Segment(0, 8, "error", "")])
+    scene.kernel.load(NAME, [Segment(0, 8, "error", "")])
     scene.kernel.resume(NAME)
     with pytest.raises(Refused, match="of something else"):
         scene.plan()
@@ -546,7 +552,7 @@ def test_a_lost_sector_reads_as_an_error_on_a_target_made_anew(target: Scene) ->
 def test_a_spare_that_cannot_be_written_leaves_the_work_to_another(tmp_path: Path) -> None:
     scene = make_scene(tmp_path, spares=2)
     scene.create()
-    geometry = planner.geometry_of(scene.engine().require(NAME).metadata, 0)
+    geometry = geometry_of(scene.engine().require(NAME).metadata, 0)
     scene.spares[0].unwritable = set(range(geometry.data_start, geometry.far_middle))
     scene.spoil(41)
     report = scene.remap((40, 1), (80, 1))
@@ -556,14 +562,14 @@ def test_a_spare_that_cannot_be_written_leaves_the_work_to_another(tmp_path: Pat
 
 
 def test_a_bad_place_on_a_spare_is_passed_over(target: Scene) -> None:
-    geometry = planner.geometry_of(target.engine().require(NAME).metadata, 0)
+    geometry = geometry_of(target.engine().require(NAME).metadata, 0)
     target.spares[0].unwritable = {geometry.chunk_sector(0) + 3}
     assert target.remap((40, 1)).chunks[0].spare_chunk == 1
     target.check()
 
 
 def test_without_a_spare_that_can_be_written_nothing_changes(target: Scene) -> None:
-    geometry = planner.geometry_of(target.engine().require(NAME).metadata, 0)
+    geometry = geometry_of(target.engine().require(NAME).metadata, 0)
     target.spares[0].unwritable = set(range(geometry.data_start, geometry.far_middle))
     with pytest.raises(DmRemapError, match="cannot be written") as caught:
         target.remap((40, 1))
@@ -1015,7 +1021,7 @@ def remapped(folder: Path, spares: int = 1, on_error: str = "fail", block: int =
 
 
 def place(scene: Scene, chunk: int) -> tuple[int, int] | None:
-    found = planner.extents.place_of(scene.engine().require(NAME).metadata.extents, chunk)
+    found = extents.place_of(scene.engine().require(NAME).metadata.extents, chunk)
     return (found.spare, found.physical) if found else None
 
 
@@ -1440,14 +1446,14 @@ def test_the_report_tells_which_places_were_used(target: Scene) -> None:
     metadata = target.engine().require(NAME).metadata
     geometry = geometry_of(metadata, 0)
     target.spares[0].unwritable = {geometry.chunk_sector(0) + 3}
-    planned = planner.plan_remap(target.engine().require(NAME), [(40, 1)])
+    planned = plan_remap(target.engine().require(NAME), [(40, 1)])
     report = target.remap((40, 1))
     (chunk,) = report.chunks
     told = [a.details["spare_chunk"] for a in report.plan.actions if a.kind == "remap_chunk"]
     assert [extent.physical for extent in planned.placed] == [0]
     assert told == [chunk.spare_chunk] == [1]
     after = target.engine().require(NAME)
-    assert report.plan.after == planner.plan_upkeep(after).after
+    assert report.plan.after == plan_upkeep(after).after
 
 
 def test_a_spare_that_cannot_be_formatted_is_named(scene: Scene) -> None:

@@ -17,15 +17,19 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from dm_remap import migration, planner
+from dm_remap import migration, plan_spares, pool
 from dm_remap.blockdev import OWN_SIGNATURE
 from dm_remap.engine import Engine, RemappedChunk, request_seen
 from dm_remap.errors import DmRemapError, Refused
-from dm_remap.format import minimum_spare_sectors
+from dm_remap.format import geometry_of, minimum_spare_sectors, plan_geometry
 from dm_remap.kernel_v4 import KernelMetadata, Remap
 from dm_remap.migration import Lost, Migration, Piece, resolve
-from dm_remap.planner import Plan, Request, plan_present
+from dm_remap.plan import Plan, readable_table
+from dm_remap.plan_remap import choose_places
+from dm_remap.plan_upkeep import plan_upkeep
+from dm_remap.planner import plan_present
 from dm_remap.report import describe_migration
+from dm_remap.request import Request
 from tests import old_spare
 from tests.old_spare import ACTIVE, PENDING, Entry, Old
 from tests.parameters import short_form
@@ -413,7 +417,7 @@ def test_a_target_shows_what_the_kernel_target_did(host: Host) -> None:
     assert [chunk.lost for chunk in chunks] == [[]] * 6, "no more is lost than the plan says"
     host.check()
     target = host.engine().require(NAME)
-    assert plan.after == planner.plan_upkeep(target).after
+    assert plan.after == plan_upkeep(target).after
     assert target.metadata.generation == 2
     assert [host.main.content, host.old.content] == before
     assert not host.main.cache
@@ -523,13 +527,13 @@ def test_a_bad_place_on_a_new_spare_is_passed_over(tmp_path: Path) -> None:
     host = make_host(tmp_path, spares=2)
     predicted = host.plan().after["table"]
     first = host.kernel.disks["/dev/spare0"]
-    geometry = planner.plan_geometry(first.sectors, CHUNK, 1)
+    geometry = plan_geometry(first.sectors, CHUNK, 1)
     first.unwritable = {geometry.data_start + 3}
     first.heals = False
     host.create()
     host.check()
     assert (
-        planner.readable_table(
+        readable_table(
             host.engine().require(NAME).metadata,
             {0: None, 1: None},  # type: ignore[dict-item]
         )
@@ -541,8 +545,8 @@ def test_chunks_that_do_not_fit_are_refused_before_anything_is_written(tmp_path:
     host = make_host(tmp_path)
     chunk, spare = 2048, host.kernel.disks["/dev/spare0"]
     spare.sectors = minimum_spare_sectors(chunk, 1)
-    geometry = planner.plan_geometry(spare.sectors, chunk, 1)
-    free = planner.pool.capacity(geometry, 0, ()).free
+    geometry = plan_geometry(spare.sectors, chunk, 1)
+    free = pool.capacity(geometry, 0, ()).free
     host.main.sectors = (free + 2) * chunk
     for count in (free, free + 1):
         entries = [Entry(number * chunk, 1300 + number) for number in range(count)]
@@ -656,9 +660,9 @@ def place_of(host: Host, sector: int) -> int:
     """Where a sector was put on the first spare, once generation 1 is there."""
     plan = host.plan(migrate_from="/dev/old")
     assert plan.metadata is not None
-    geometry = planner.geometry_of(plan.metadata, 0)
+    geometry = geometry_of(plan.metadata, 0)
     chunks = [1, 3, 5, 6, 15, 24]
-    placed = planner.choose_places(plan.metadata, chunks, {0: geometry}, ())
+    placed = choose_places(plan.metadata, chunks, {0: geometry}, ())
     return placed[chunks.index(sector // CHUNK)].physical * CHUNK + sector % CHUNK
 
 
@@ -688,7 +692,7 @@ def test_a_crash_anywhere_in_a_migration(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Whatever is left, the target shows old data of main at no time, and the task ends well."""
-    monkeypatch.setattr(planner, "DRAIN_CHUNKS", 4)
+    monkeypatch.setattr(plan_spares, "DRAIN_CHUNKS", 4)
     host = make_host(tmp_path, spares, on_error=on_error)
     main, old = dict(host.main.content), dict(host.old.content)
     crashes: list[tuple[str, Host]] = []

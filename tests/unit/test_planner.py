@@ -27,20 +27,14 @@ from dm_remap.format import (
     geometry_of,
     minimum_spare_sectors,
 )
-from dm_remap.planner import (
-    Action,
-    ActiveSpare,
-    ActiveTarget,
-    Candidate,
-    Plan,
-    Request,
-    Seen,
-    plan_absent,
-    plan_present,
-    plan_remap,
-    plan_upkeep,
-)
+from dm_remap.plan import Action, Plan
+from dm_remap.plan_remap import plan_remap
+from dm_remap.plan_removal import plan_absent
+from dm_remap.plan_upkeep import plan_upkeep
+from dm_remap.planner import plan_present
+from dm_remap.request import Request, Seen
 from dm_remap.stack import PathState
+from dm_remap.target import ActiveSpare, ActiveTarget, Candidate
 from tests.unit.fake_kernel import Kernel, Process
 
 NAME = "data"

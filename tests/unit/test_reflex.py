@@ -24,7 +24,7 @@ from dm_remap import reflex as reflex_module
 from dm_remap.engine import Engine, Route
 from dm_remap.errors import DmRemapError
 from dm_remap.format import geometry_of
-from dm_remap.planner import SpareRequest, plan_spare_absent
+from dm_remap.plan_spares import SpareRequest, plan_spare_absent
 from dm_remap.probing import DeviceState
 from dm_remap.reflex import Reflex, Reports, injury_of, wake_up
 from dm_remap.tracing import BlockError

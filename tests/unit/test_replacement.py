@@ -18,16 +18,13 @@ from dm_remap.blockdev import DeviceInfo, Use
 from dm_remap.errors import Refused
 from dm_remap.format import Diagnosis, Extent, LostRange, Metadata
 from dm_remap.mapping import build_table
-from dm_remap.planner import (
-    ActiveTarget,
-    Candidate,
-    Plan,
-    Seen,
-    plan_absent,
-    plan_present,
-    plan_upkeep,
-)
+from dm_remap.plan import Plan
+from dm_remap.plan_removal import plan_absent
+from dm_remap.plan_upkeep import plan_upkeep
+from dm_remap.planner import plan_present
 from dm_remap.replacing import progress_line
+from dm_remap.request import Seen
+from dm_remap.target import ActiveTarget, Candidate
 from tests.unit.test_planner import (
     MAIN_SECTORS,
     NAME,

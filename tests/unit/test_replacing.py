@@ -22,14 +22,9 @@ from dm_remap.engine import Engine
 from dm_remap.errors import DmRemapError, Refused
 from dm_remap.format import geometry_of
 from dm_remap.freezing import Freezer
-from dm_remap.planner import (
-    REPLACE,
-    UNDO,
-    SpareRequest,
-    plan_present,
-    plan_spare_absent,
-    plan_spare_present,
-)
+from dm_remap.plan import REPLACE, UNDO
+from dm_remap.plan_spares import SpareRequest, plan_spare_absent, plan_spare_present
+from dm_remap.planner import plan_present
 from dm_remap.reflex import Ward, on_one_main
 from dm_remap.replacing import Pace, Replacing, Result, Tools
 from dm_remap.tracing import BlockError

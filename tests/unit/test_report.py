@@ -15,7 +15,9 @@ from hypothesis import strategies as st
 from dm_remap.engine import RemappedChunk, RemapReport
 from dm_remap.files import Owner
 from dm_remap.format import Diagnosis, Extent, LostRange, geometry_of
-from dm_remap.planner import Plan, plan_present, plan_remap
+from dm_remap.plan import Plan
+from dm_remap.plan_remap import plan_remap
+from dm_remap.planner import plan_present
 from dm_remap.report import (
     describe_owner,
     describe_remap,

@@ -13,13 +13,17 @@ from pathlib import Path
 
 import pytest
 
-from dm_remap import copies, planner
+from dm_remap import copies, plan_spares
 from dm_remap import engine as engine_module
 from dm_remap.engine import Engine, RemappedChunk
 from dm_remap.errors import DmRemapError, Refused
 from dm_remap.format import geometry_of, minimum_spare_sectors
-from dm_remap.planner import ActiveTarget, SpareRequest, plan_spare_absent, plan_spare_present
+from dm_remap.plan import Plan
+from dm_remap.plan_remap import choose_places, with_moves
+from dm_remap.plan_spares import SpareRequest, plan_spare_absent, plan_spare_present
+from dm_remap.plan_upkeep import plan_upkeep
 from dm_remap.report import describe_target
+from dm_remap.target import ActiveTarget, chunks_on, usable_geometries
 from tests.parameters import short_form
 from tests.unit.fake_kernel import FILESYSTEM_MAGIC, SECTOR, Disk, Process
 from tests.unit.test_engine import (
@@ -42,7 +46,7 @@ NEW = "/dev/new"
 def memory_stays_unlocked(monkeypatch: pytest.MonkeyPatch) -> None:
     """Do not lock the memory of the process that runs the tests, and drain in small steps."""
     monkeypatch.setattr(engine_module, "lock_memory", lambda: None)
-    monkeypatch.setattr(planner, "DRAIN_CHUNKS", 2)
+    monkeypatch.setattr(plan_spares, "DRAIN_CHUNKS", 2)
 
 
 def with_chunks(folder: Path, spares: int = 2, on_error: str = "fail", new: bool = True) -> Scene:
@@ -69,7 +73,7 @@ def target_of(scene: Scene) -> ActiveTarget:
 
 def plan(
     scene: Scene, device: str, present: bool = True, replaces: str | None = None, **more: bool
-) -> planner.Plan:
+) -> Plan:
     request = SpareRequest(NAME, device, replaces, **more)
     seen = scene.engine().see_spare(NAME, device, replaces, add=present)
     return plan_spare_present(request, seen) if present else plan_spare_absent(request, seen)
@@ -100,7 +104,7 @@ def check(scene: Scene, power_cut: bool = False, why: str = "") -> None:
     replace(scene, request=replace(scene.request, spares=spares_now(scene))).check(power_cut, why)
 
 
-def kinds(made: planner.Plan) -> list[str]:
+def kinds(made: Plan) -> list[str]:
     return [action.kind for action in made.actions]
 
 
@@ -112,7 +116,7 @@ def test_a_spare_is_added_and_used(tmp_path: Path) -> None:
     made = plan(scene, NEW)
     assert kinds(made) == ["format_spare", "activate_spare", "add_spare"]
     scene.engine().apply(made)
-    assert made.after == planner.plan_upkeep(target_of(scene)).after
+    assert made.after == plan_upkeep(target_of(scene)).after
     assert spares_now(scene) == ("/dev/spare0", NEW)
     assert not plan(scene, NEW).changes
     check(scene)
@@ -121,7 +125,7 @@ def test_a_spare_is_added_and_used(tmp_path: Path) -> None:
     assert scene.remap((83, 1)).chunks[0].spare == 1
     scene.spares[0].unwritable = set()
     # It has missed its last copies.
-    scene.engine().apply(planner.plan_upkeep(target_of(scene)))
+    scene.engine().apply(plan_upkeep(target_of(scene)))
     check(scene)
 
 
@@ -198,7 +202,7 @@ def test_a_spare_is_emptied_and_removed(tmp_path: Path) -> None:
     made = plan(scene, "/dev/spare0", False)
     assert kinds(made) == ["drain_spare", "remove_spare", "wipe_metadata", "deactivate_spare"]
     moved = scene.engine().apply(made)
-    assert made.after == planner.plan_upkeep(target_of(scene)).after
+    assert made.after == plan_upkeep(target_of(scene)).after
     assert [(chunk.chunk, chunk.origin, chunk.spare) for chunk in moved] == [
         (5, 0, 1),
         (6, 0, 1),
@@ -245,9 +249,9 @@ def commit_places(scene: Scene, chunks: Sequence[int]) -> None:
     """Put chunks on spares in the metadata alone, for tests that count."""
     engine = scene.engine()
     target = engine.require(NAME)
-    places = planner.choose_places(target.metadata, chunks, planner.usable_geometries(target), ())
+    places = choose_places(target.metadata, chunks, usable_geometries(target), ())
     moves = {place.logical: place for place in places}
-    metadata = planner.with_moves(target.metadata.successor(1), moves, ())
+    metadata = with_moves(target.metadata.successor(1), moves, ())
     with engine.opened(target) as disks:
         engine_module.copies.commit(disks.members, target.metadata, metadata)
 
@@ -266,7 +270,7 @@ def test_a_replacement_takes_the_chunks(tmp_path: Path) -> None:
     ]
     moved = scene.engine().apply(made)
     assert {chunk.spare for chunk in moved} == {2}, "not the other spare, though it has room"
-    assert made.after == planner.plan_upkeep(target_of(scene)).after
+    assert made.after == plan_upkeep(target_of(scene)).after
     assert not plan(scene, NEW, replaces="/dev/spare0").changes
     check(scene)
 
@@ -335,7 +339,7 @@ def apply_crashes(
                 left.kernel.cut_power(survivors)
                 left.app.waiting.clear()
                 activate(left)
-            left.engine().apply(planner.plan_upkeep(target_of(left)))
+            left.engine().apply(plan_upkeep(target_of(left)))
             check(left, power_cut, crash.label)
             yield crash.label, left
 
@@ -426,7 +430,7 @@ def test_a_crash_anywhere_while_a_dead_spare_is_given_up(tmp_path: Path, power_c
                 if not target_of(left).lost_spares:
                     check(left, power_cut, crash.label)
                     continue
-                left.engine().apply(planner.plan_upkeep(target_of(left)))
+                left.engine().apply(plan_upkeep(target_of(left)))
             remove(left, "/dev/spare0", discard_remaps=True)
             assert spares_now(left) == ("/dev/spare1",), crash.label
             assert target_of(left).lost_spares == (), crash.label
@@ -560,7 +564,7 @@ def test_a_spare_that_dies_at_any_call_of_a_replacement(tmp_path: Path, dying: i
         lost = {
             chunk
             for spare in target.lost_spares
-            for chunk in planner.chunks_on(target.metadata, spare.index)
+            for chunk in chunks_on(target.metadata, spare.index)
         }
         for sector in range(SECTORS):
             value = scene.read(sector)
@@ -568,7 +572,7 @@ def test_a_spare_that_dies_at_any_call_of_a_replacement(tmp_path: Path, dying: i
             assert value in allowed or (value is None and sector // CHUNK in (5, 6, 24)), why
             assert value in allowed or sector // CHUNK in lost or target.frozen, why
         disk.dead = False
-        scene.engine().apply(planner.plan_upkeep(target_of(scene)))
+        scene.engine().apply(plan_upkeep(target_of(scene)))
         check(scene, why=why)
 
 

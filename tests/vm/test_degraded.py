@@ -23,7 +23,8 @@ import json, sys
 sys.path.insert(0, "/usr/lib/dm-remap")
 from dm_remap.engine import Engine
 from dm_remap.errors import Refused
-from dm_remap.planner import Request, plan_present
+from dm_remap.planner import plan_present
+from dm_remap.request import Request
 name, degraded, main, *spares = sys.argv[1:]
 engine = Engine()
 engine.check_host()

@@ -23,7 +23,8 @@ CREATE = """
 import sys
 sys.path.insert(0, "/usr/lib/dm-remap")
 from dm_remap.engine import Engine
-from dm_remap.planner import Request, plan_present
+from dm_remap.planner import plan_present
+from dm_remap.request import Request
 name, main, shim, *spares = sys.argv[1:]
 engine = Engine()
 engine.check_host()
@@ -50,7 +51,7 @@ GIVE_UP = """
 import sys
 sys.path.insert(0, "/usr/lib/dm-remap")
 from dm_remap.engine import Engine
-from dm_remap.planner import SpareRequest, plan_spare_absent
+from dm_remap.plan_spares import SpareRequest, plan_spare_absent
 engine = Engine(guard=True)
 with engine.locked_host(), engine.locked(sys.argv[1]):
     (lost,) = engine.require(sys.argv[1]).lost_spares

@@ -14,7 +14,9 @@ from .. import copies, dumps, mending
 from ..engine import Engine
 from ..errors import DmRemapError, Refused
 from ..format import Copy, Diagnosis, Metadata, geometry_of
-from ..planner import Candidate, Plan, RestoreRequest, plan_restore
+from ..plan import Plan
+from ..plan_restore import RestoreRequest, plan_restore
+from ..target import Candidate
 from .framework import (
     DEVICE,
     FILE,

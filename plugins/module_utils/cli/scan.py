@@ -16,10 +16,10 @@ from ..engine import Engine
 from ..errors import Refused, count_of
 from ..extents import find
 from ..format import geometry_of
-from ..planner import ActiveTarget
 from ..report import describe_remap, warnings_of_remap
 from ..scanning import Finding, scan, stretches
 from ..sizes import size_text
+from ..target import ActiveTarget
 from .framework import TARGET, Command, Exit, Host, Result, add
 from .targets import place_text, whole_number
 from .text import table

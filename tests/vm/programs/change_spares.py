@@ -13,13 +13,9 @@ from fio import loaded
 from load import CHECK, MAKE, MOUNT, run
 from scene import HASTY, Engine, answer, arguments, state
 
-from dm_remap.planner import (
-    Request,
-    SpareRequest,
-    plan_present,
-    plan_spare_absent,
-    plan_spare_present,
-)
+from dm_remap.plan_spares import SpareRequest, plan_spare_absent, plan_spare_present
+from dm_remap.planner import plan_present
+from dm_remap.request import Request
 
 
 def create(name: str, main: str, spare: str) -> None:

@@ -21,7 +21,8 @@ from typing import IO, Any
 from scene import BlockDevice, answer, arguments
 
 from dm_remap.engine import Engine
-from dm_remap.planner import Request, plan_present
+from dm_remap.planner import plan_present
+from dm_remap.request import Request
 
 BLOCK_SECTORS = 8
 # A flush, and a word about what is durable now, after so many operations.

@@ -12,7 +12,7 @@ from typing import Any
 from change_spares import create, move
 from scene import Engine, answer, arguments, fill, problems, state
 
-from dm_remap.planner import SpareRequest, plan_spare_absent, plan_spare_present
+from dm_remap.plan_spares import SpareRequest, plan_spare_absent, plan_spare_present
 from dm_remap.report import describe_target
 
 

@@ -13,8 +13,9 @@ from scene import BlockDevice, Engine, answer, arguments, fill, pattern, problem
 
 from dm_remap.engine import request_seen
 from dm_remap.errors import Refused
-from dm_remap.planner import Request, plan_present
+from dm_remap.planner import plan_present
 from dm_remap.report import describe_migration
+from dm_remap.request import Request
 
 given = arguments()
 NAME = given["name"]

@@ -36,9 +36,11 @@ from scene import (
     state,
 )
 
-from dm_remap.planner import REPLACE, UNDO, Request, plan_present
+from dm_remap.plan import REPLACE, UNDO
+from dm_remap.planner import plan_present
 from dm_remap.replacing import Pace
 from dm_remap.report import describe_target
+from dm_remap.request import Request
 
 BLOCK_SECTORS = 8
 FLUSH_EVERY = 16

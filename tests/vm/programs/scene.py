@@ -15,7 +15,9 @@ from typing import Any
 
 from dm_remap.blockdev import BlockDevice
 from dm_remap.engine import Engine
-from dm_remap.planner import Request, plan_absent, plan_present
+from dm_remap.plan_removal import plan_absent
+from dm_remap.planner import plan_present
+from dm_remap.request import Request
 from dm_remap.salvage import Patience
 
 SECTOR_BYTES = 512

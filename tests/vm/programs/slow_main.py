@@ -20,7 +20,9 @@ from contextlib import contextmanager
 from scene import BlockDevice, Engine, answer, arguments
 
 from dm_remap.devmapper import DeviceMapper, Segment
-from dm_remap.planner import Request, plan_absent, plan_present
+from dm_remap.plan_removal import plan_absent
+from dm_remap.planner import plan_present
+from dm_remap.request import Request
 
 SLOW = "slowmain"
 BLOCK = 8
