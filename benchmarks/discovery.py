@@ -23,7 +23,7 @@ from dataclasses import replace
 
 from dm_remap import blockdev, copies, discovery, fingerprint, replacement
 from dm_remap.blockdev import BlockDevice
-from dm_remap.engine import host_id
+from dm_remap.committing import host_id
 from dm_remap.format import MAX_SPARES, NO_DIGEST, Extent, Metadata, plan_geometry
 from dm_remap.target import FAIL
 

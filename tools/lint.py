@@ -17,12 +17,13 @@ import yaml
 from lay_out_collection import BUILD, COPY, ROOT
 
 CORE = (
-    "assembler blockdev boot checks cli/documentation cli/installation cli/programs "
-    "configuration copies devmapper dumps engine errors ext extents files first_look format "
-    "freezing fstab hasty healed healer hiding ladder lookup mapping marks mending mounted plan "
+    "assembler blockdev boot checks cli/documentation cli/installation cli/programs committing "
+    "configuration copies devices devmapper dumps engine errors exchanging ext extents files "
+    "first_look format freezing fstab guarding hasty healed healer hiding holding ladder locks "
+    "lookup mapping marks memory mending migrating mounted moved moving observing placing plan "
     "plan_activation plan_creation plan_remap plan_removal plan_replacement plan_restore "
-    "plan_spares plan_upkeep planner pool reflex replacement replacing request salvage sizes "
-    "stack target udev xfs"
+    "plan_spares plan_upkeep planner pool reflex replacement replacing request salvage "
+    "sizes stack stacking target udev xfs"
 ).split()
 GATE_SECONDS = 300
 

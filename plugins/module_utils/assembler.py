@@ -24,9 +24,10 @@ from .assembly import ACTIVE, ASSEMBLED, Assembled, Order, assemble
 from .blockdev import DeviceInfo, Listed
 from .boot import Clocks, Decision, Situation, Step, decide
 from .cli.text import clean
+from .committing import host_id
 from .configuration import Configuration
 from .discovery import Discovery, Host, State, TargetFound
-from .engine import Engine, host_id
+from .engine import Engine
 from .errors import DmRemapError
 from .fingerprint import of_entry
 from .first_look import LASTING, PASSING

@@ -22,9 +22,10 @@ import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from .engine import Engine, lock_memory
+from .engine import Engine
 from .errors import DmRemapError
 from .format import Metadata
+from .memory import lock_memory
 from .reflex import INSTANCE, Reflex, Reports, wake_up
 from .service import HEALER_SOCKET, notify
 from .tracing import TraceInstance

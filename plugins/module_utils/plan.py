@@ -80,6 +80,18 @@ class Plan:
         return [action.to_dict() for action in self.actions]
 
 
+def metadata_of(plan: Plan) -> Metadata:
+    """The metadata of a plan whose actions need it."""
+    if plan.metadata is None:
+        raise AssertionError("only plans with metadata have such actions")
+    return plan.metadata
+
+
+def index_of(plan: Plan, path: str) -> int:
+    """The index of a spare of a plan, by its path."""
+    return next(index for index, info in plan.spares.items() if info.path == path)
+
+
 def with_config(plan: Plan, changed: Mapping[str, Any]) -> Plan:
     """The plan for a target that exists, with a new generation where its configuration changes."""
     # Where spares change, the configuration is that of the last commit.

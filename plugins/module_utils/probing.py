@@ -197,6 +197,21 @@ def answers_at(device: Readable, sector: int, count: int, fine: Collection[int] 
     return _read(device, sector, count) in fine
 
 
+def reads(device: Readable, sector: int, count: int) -> bool:
+    """Whether sectors of a device can be read.
+
+    Raises:
+        OSError: they cannot, for another reason than the medium.
+    """
+    try:
+        device.read(sector, count)
+    except OSError as error:
+        if error.errno in MEDIUM_ERRORS:
+            return False
+        raise
+    return True
+
+
 def _read(device: Readable, sector: int, count: int) -> int:
     """Read and return 0 or the error number."""
     try:

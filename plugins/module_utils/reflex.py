@@ -22,10 +22,12 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from . import extents, replacement
-from .engine import Disks, Engine, Moved
+from .devices import Disks
+from .engine import Engine
 from .errors import DmRemapError
 from .events import intersect_ranges
 from .hasty import HastyReader
+from .moved import Moved
 from .plan_upkeep import plan_upkeep
 from .probing import MEDIUM_ERRORS, DeviceState, device_state, serves_requests, whole_disk
 from .report import sector_ranges

@@ -18,21 +18,21 @@ import zlib
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 from . import blockdev, extents, replacement, stack
 from .checks import check_certain
+from .devices import Disks, OpenDevice
 from .devmapper import MappedDevice
 from .errors import DmRemapError, Refused
 from .format import Metadata
 from .freezing import FREEZE_SECONDS, Freezer
+from .moved import RemapReport
+from .plan import Plan
 from .plan_upkeep import plan_upkeep
 from .probing import MEDIUM_ERRORS
 from .salvage import Outcome, Patience, salvage
 from .target import ActiveTarget
-
-if TYPE_CHECKING:
-    from .engine import Disks, Engine, OpenDevice
 
 SECTOR_BYTES = 512
 
@@ -109,6 +109,47 @@ class Tables(Protocol):
 
     def events(self) -> AbstractContextManager[Any]:
         """Collect the events of swaps."""
+
+
+class Engine(Protocol):
+    """What copying needs of `engine.Engine`."""
+
+    def locked(self, name: str) -> AbstractContextManager[None]:
+        """Hold a target's lock."""
+
+    def require(self, name: str) -> ActiveTarget:
+        """The active target."""
+
+    def apply(self, plan: Plan) -> Any:
+        """Carry a plan out."""
+
+    def opened(
+        self, target: ActiveTarget, main_writable: bool = ...
+    ) -> AbstractContextManager[Disks]:
+        """Open the target's devices."""
+
+    def successor(self, metadata: Metadata) -> Metadata:
+        """The next generation."""
+
+    def commit_next(self, target: ActiveTarget, disks: Disks, new: Metadata) -> None:
+        """Commit it."""
+
+    def backup(self, metadata: Metadata) -> None:
+        """Keep it on the host."""
+
+    def finish_replacement(self, target: ActiveTarget, config: dict[str, Any]) -> None:
+        """Commit the configuration after a replacement."""
+
+    def remap(
+        self, name: str, ranges: Sequence[tuple[int, int]], *, patience: Patience | None = ...
+    ) -> RemapReport:
+        """Move chunks to spares."""
+
+    def path_of(self, name: str) -> stack.PathState:
+        """State of the path of a target whose errors are held."""
+
+    def healer_runs(self) -> bool:
+        """Whether somebody heals held I/O."""
 
 
 @dataclass(frozen=True)

@@ -9,13 +9,14 @@ import json
 import os
 from collections.abc import Callable, Iterable
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from . import pool, replacement
 from .errors import DmRemapError, count_of
 from .extents import merge_sectors
 from .files import Owner
 from .marks import SECTOR_BYTES
+from .moved import RemappedChunk, RemapReport
 from .plan import Plan, pool_warnings, readable_table, warnings_of
 from .target import (
     ActiveTarget,
@@ -26,9 +27,6 @@ from .target import (
     shim_of,
     usable_geometries,
 )
-
-if TYPE_CHECKING:
-    from .engine import RemappedChunk, RemapReport
 
 # The event source refuses longer ones, because a rule engine keeps every event in memory.
 _EVENT_PATH = 1000

@@ -316,8 +316,9 @@ target:
 from ansible.module_utils.basic import AnsibleModule
 
 from ..module_utils.configuration import request_of
-from ..module_utils.engine import Engine, request_seen
+from ..module_utils.engine import Engine
 from ..module_utils.errors import DmRemapError, Refused, count_of
+from ..module_utils.observing import request_seen
 from ..module_utils.plan import REPLACE, UNDO, Plan
 from ..module_utils.plan_removal import plan_absent
 from ..module_utils.planner import plan_present

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from dm_remap import engine as engine_module
+from dm_remap import memory
 from tests.unit.drill_scene import Drill, make_drill
 
 
@@ -17,7 +17,7 @@ from tests.unit.drill_scene import Drill, make_drill
 def memory_stays_unlocked() -> Iterator[None]:
     """Do not lock the memory of the process that runs the tests."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(engine_module, "lock_memory", lambda: None)
+        patch.setattr(memory, "lock_memory", lambda: None)
         yield
 
 

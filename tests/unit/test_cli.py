@@ -12,13 +12,13 @@ import os
 import subprocess
 import sys
 import time
+import uuid
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from dm_remap import engine as engine_module
 from dm_remap.cli import framework, installation
 from dm_remap.cli.framework import EXIT_TEXTS, Command, Exit, Host, Program, Result, run
 from dm_remap.cli.programs import PROGRAMS
@@ -303,7 +303,7 @@ def test_two_targets_of_one_name_are_told_apart(desk: Desk, tmp_path: Path) -> N
 
 
 def test_history_shows_the_newest_events_of_the_target(desk: Desk) -> None:
-    origin = Origin("host", engine_module.uuid.UUID(int=1), "boot")
+    origin = Origin("host", uuid.UUID(int=1), "boot")
     journal = Journal(str(desk.folder / "journal.db"), origin, clock=time.time_ns)
     # A name in a message must not make it an event of that target.
     other = Draft("overrun", '"target":"guarded"', target="guarded2")

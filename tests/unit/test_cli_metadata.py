@@ -21,8 +21,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dm_remap import copies, dumps, mending
-from dm_remap import engine as engine_module
+from dm_remap import copies, dumps, memory, mending
 from dm_remap.blockdev import DeviceInfo, Use
 from dm_remap.dumps import BadDump, from_text, to_text
 from dm_remap.errors import Refused
@@ -39,7 +38,7 @@ BLANK = bytes(4096)
 @pytest.fixture(autouse=True)
 def root(monkeypatch: pytest.MonkeyPatch) -> None:
     """Everybody is root, and the memory of the tests stays unlocked."""
-    monkeypatch.setattr(engine_module, "lock_memory", lambda: None)
+    monkeypatch.setattr(memory, "lock_memory", lambda: None)
     monkeypatch.setattr(os, "geteuid", lambda: 0)
 
 
@@ -313,7 +312,7 @@ def test_a_stale_spare_is_brought_up_to_the_newest(stopped: Desk) -> None:
     (target,) = backups.targets()
     first = backups.read(target, 1)
     for number, sector in enumerate(slots_of(stopped, 1)):
-        raw = engine_module.copies.pack_slot(first, spare_uuid_of(first, 1), stale.sectors, number)
+        raw = copies.pack_slot(first, spare_uuid_of(first, 1), stale.sectors, number)
         stale.fill(sector, raw)
     # Alone it has nothing to be repaired from, and stays as it is.
     assert stopped.run("dm-remap metadata repair /dev/spare1 --yes").out == "nothing is to do\n"

@@ -18,8 +18,7 @@ from pathlib import Path
 
 import pytest
 
-from dm_remap import copies
-from dm_remap import engine as engine_module
+from dm_remap import copies, memory
 from dm_remap.backups import Backups
 from dm_remap.copies import SplitBrain
 from dm_remap.engine import Engine
@@ -55,7 +54,7 @@ POLICIES = ["fail", "hold"]
 @pytest.fixture(autouse=True)
 def memory_stays_unlocked(monkeypatch: pytest.MonkeyPatch) -> None:
     """Do not lock the memory of the process that runs the tests."""
-    monkeypatch.setattr(engine_module, "lock_memory", lambda: None)
+    monkeypatch.setattr(memory, "lock_memory", lambda: None)
 
 
 def make_target(folder: Path, on_error: str = "fail", spares: int = 3) -> Scene:

@@ -16,10 +16,10 @@ from ansible.module_utils.common.arg_spec import ArgumentSpecValidator
 
 from dm_remap import kernel_v4
 from dm_remap.assembly import Assembled, Repair, Report
-from dm_remap.engine import RemappedChunk, RemapReport
 from dm_remap.errors import DmRemapError
 from dm_remap.files import Owner
 from dm_remap.format import Extent, LostRange
+from dm_remap.moved import RemappedChunk, RemapReport
 from dm_remap.plan import Action, Plan
 from dm_remap.planner import plan_present
 from dm_remap.report import describe_emptied, describe_remap, describe_target

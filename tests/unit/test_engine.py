@@ -9,6 +9,7 @@ import contextlib
 import copy
 import errno
 import itertools
+import os
 import random
 import shutil
 import uuid
@@ -19,12 +20,14 @@ from typing import Any
 
 import pytest
 
-from dm_remap import copies, extents, files
-from dm_remap import engine as engine_module
+from dm_remap import committing, copies, extents, files, memory
+from dm_remap.committing import host_id
 from dm_remap.devmapper import Segment
-from dm_remap.engine import Engine, Moved, RemapReport, Route
+from dm_remap.engine import Engine
 from dm_remap.errors import DmRemapError, Refused, StaleGeneration
 from dm_remap.format import geometry_of, minimum_spare_sectors
+from dm_remap.moved import Moved, RemapReport
+from dm_remap.placing import Route
 from dm_remap.plan import Plan
 from dm_remap.plan_remap import plan_remap
 from dm_remap.plan_removal import plan_absent
@@ -55,7 +58,7 @@ QUICK = Patience(retries=2, backoff=0)
 @pytest.fixture(autouse=True)
 def memory_stays_unlocked(monkeypatch: pytest.MonkeyPatch) -> None:
     """Do not lock the memory of the process that runs the tests."""
-    monkeypatch.setattr(engine_module, "lock_memory", lambda: None)
+    monkeypatch.setattr(memory, "lock_memory", lambda: None)
 
 
 def content(sector: int, version: int = 0) -> bytes:
@@ -488,12 +491,12 @@ def test_backups_are_kept_of_every_generation(target: Scene) -> None:
 
 
 def test_metadata_names_the_host_by_a_hash(target: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert target.engine().require(NAME).metadata.host_id == engine_module.host_id()
+    assert target.engine().require(NAME).metadata.host_id == host_id()
 
     def missing() -> uuid.UUID:
         raise FileNotFoundError
 
-    monkeypatch.setattr(engine_module, "hashed_machine_id", missing)
+    monkeypatch.setattr(committing, "hashed_machine_id", missing)
     target.remap((40, 1))
     assert target.engine().require(NAME).metadata.host_id == uuid.UUID(int=0)
 
@@ -1468,9 +1471,9 @@ def test_the_guard_stays_while_anything_is_frozen(
     target: Scene, monkeypatch: pytest.MonkeyPatch, helpless: bool
 ) -> None:
     told: list[bytes] = []
-    monkeypatch.setattr(engine_module.os, "fork", lambda: 1)
-    monkeypatch.setattr(engine_module.os, "waitpid", lambda *_arguments: (1, 0))
-    monkeypatch.setattr(engine_module.os, "write", lambda _pipe, data: told.append(data) or 1)
+    monkeypatch.setattr(os, "fork", lambda: 1)
+    monkeypatch.setattr(os, "waitpid", lambda *_arguments: (1, 0))
+    monkeypatch.setattr(os, "write", lambda _pipe, data: told.append(data) or 1)
     frozen = []
 
     def on_call(name: str) -> None:

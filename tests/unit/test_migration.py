@@ -19,11 +19,13 @@ from hypothesis import strategies as st
 
 from dm_remap import migration, plan_spares, pool
 from dm_remap.blockdev import OWN_SIGNATURE
-from dm_remap.engine import Engine, RemappedChunk, request_seen
+from dm_remap.engine import Engine
 from dm_remap.errors import DmRemapError, Refused
 from dm_remap.format import geometry_of, minimum_spare_sectors, plan_geometry
 from dm_remap.kernel_v4 import KernelMetadata, Remap
 from dm_remap.migration import Lost, Migration, Piece, resolve
+from dm_remap.moved import RemappedChunk
+from dm_remap.observing import request_seen
 from dm_remap.plan import Plan, readable_table
 from dm_remap.plan_remap import choose_places
 from dm_remap.plan_upkeep import plan_upkeep

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from dm_remap import engine as engine_module
+from dm_remap import memory
 from dm_remap.format import Metadata
 from tests.unit.fake_kernel import SECTOR, Kernel, Process, Volatile
 from tests.unit.test_engine import CHUNK, NAME, App, make_scene
@@ -30,7 +30,7 @@ MOMENTS_A_CUT = 25
 @pytest.fixture(autouse=True)
 def memory_stays_unlocked(monkeypatch: pytest.MonkeyPatch) -> None:
     """Do not lock the memory of the process that runs the tests."""
-    monkeypatch.setattr(engine_module, "lock_memory", lambda: None)
+    monkeypatch.setattr(memory, "lock_memory", lambda: None)
 
 
 @dataclass

@@ -19,11 +19,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dm_remap import engine as engine_module
+from dm_remap import memory
 from dm_remap import reflex as reflex_module
-from dm_remap.engine import Engine, Route
+from dm_remap.engine import Engine
 from dm_remap.errors import DmRemapError
 from dm_remap.format import geometry_of
+from dm_remap.placing import Route
 from dm_remap.plan_spares import SpareRequest, plan_spare_absent
 from dm_remap.probing import DeviceState
 from dm_remap.reflex import Reflex, Reports, injury_of, wake_up
@@ -47,7 +48,7 @@ HOLD = f"{NAME}-hold"
 @pytest.fixture(autouse=True)
 def memory_stays_unlocked(monkeypatch: pytest.MonkeyPatch) -> None:
     """Do not lock the memory of the process that runs the tests."""
-    monkeypatch.setattr(engine_module, "lock_memory", lambda: None)
+    monkeypatch.setattr(memory, "lock_memory", lambda: None)
 
 
 class Trace:

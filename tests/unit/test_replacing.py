@@ -16,8 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from dm_remap import copies, replacement, stack
-from dm_remap import engine as engine_module
+from dm_remap import copies, memory, replacement, stack
 from dm_remap.engine import Engine
 from dm_remap.errors import DmRemapError, Refused
 from dm_remap.format import geometry_of
@@ -65,7 +64,7 @@ BAD, WEAK = 5, 9
 @pytest.fixture(autouse=True)
 def memory_stays_unlocked(monkeypatch: pytest.MonkeyPatch) -> None:
     """Do not lock the memory of the process that runs the tests, nor change its priority."""
-    monkeypatch.setattr(engine_module, "lock_memory", lambda: None)
+    monkeypatch.setattr(memory, "lock_memory", lambda: None)
     monkeypatch.setattr("dm_remap.replacing.blockdev.idle_priority", contextlib.nullcontext)
 
 

@@ -13,8 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from dm_remap import engine as engine_module
-from dm_remap import replacement
+from dm_remap import memory, replacement
+from dm_remap.engine import Engine
 from dm_remap.errors import Refused
 from tests.unit.fake_kernel import Kernel
 from tests.unit.test_degraded import (
@@ -44,7 +44,7 @@ PARTS = 12
 @pytest.fixture(autouse=True)
 def memory_stays_unlocked(monkeypatch: pytest.MonkeyPatch) -> None:
     """Do not lock the memory of the process that runs the tests, nor change its priority."""
-    monkeypatch.setattr(engine_module, "lock_memory", lambda: None)
+    monkeypatch.setattr(memory, "lock_memory", lambda: None)
     monkeypatch.setattr("dm_remap.replacing.blockdev.idle_priority", contextlib.nullcontext)
 
 
@@ -138,7 +138,7 @@ def test_a_crash_anywhere_until_the_replacement_has_ended(
     scene, on = stopped_on_the_way(tmp_path, on_error, 3)
     degraded = having(toward(scene, main), rest((missing,), SPARES))
 
-    def whole_way(engine: engine_module.Engine) -> None:
+    def whole_way(engine: Engine) -> None:
         activate(degraded, engine)
         change_main(degraded, main, engine)
 

@@ -12,9 +12,9 @@ from dataclasses import replace
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dm_remap.engine import RemappedChunk, RemapReport
 from dm_remap.files import Owner
 from dm_remap.format import Diagnosis, Extent, LostRange, geometry_of
+from dm_remap.moved import RemappedChunk, RemapReport
 from dm_remap.plan import Plan
 from dm_remap.plan_remap import plan_remap
 from dm_remap.planner import plan_present

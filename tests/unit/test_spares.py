@@ -13,16 +13,17 @@ from pathlib import Path
 
 import pytest
 
-from dm_remap import copies, plan_spares
-from dm_remap import engine as engine_module
-from dm_remap.engine import Engine, RemappedChunk
+from dm_remap import copies, memory, plan_spares
+from dm_remap.engine import Engine
 from dm_remap.errors import DmRemapError, Refused
 from dm_remap.format import geometry_of, minimum_spare_sectors
+from dm_remap.moved import RemappedChunk
 from dm_remap.plan import Plan
 from dm_remap.plan_remap import choose_places, with_moves
 from dm_remap.plan_spares import SpareRequest, plan_spare_absent, plan_spare_present
 from dm_remap.plan_upkeep import plan_upkeep
 from dm_remap.report import describe_target
+from dm_remap.salvage import Patience
 from dm_remap.target import ActiveTarget, chunks_on, usable_geometries
 from tests.parameters import short_form
 from tests.unit.fake_kernel import FILESYSTEM_MAGIC, SECTOR, Disk, Process
@@ -45,7 +46,7 @@ NEW = "/dev/new"
 @pytest.fixture(autouse=True)
 def memory_stays_unlocked(monkeypatch: pytest.MonkeyPatch) -> None:
     """Do not lock the memory of the process that runs the tests, and drain in small steps."""
-    monkeypatch.setattr(engine_module, "lock_memory", lambda: None)
+    monkeypatch.setattr(memory, "lock_memory", lambda: None)
     monkeypatch.setattr(plan_spares, "DRAIN_CHUNKS", 2)
 
 
@@ -253,7 +254,7 @@ def commit_places(scene: Scene, chunks: Sequence[int]) -> None:
     moves = {place.logical: place for place in places}
     metadata = with_moves(target.metadata.successor(1), moves, ())
     with engine.opened(target) as disks:
-        engine_module.copies.commit(disks.members, target.metadata, metadata)
+        copies.commit(disks.members, target.metadata, metadata)
 
 
 def test_a_replacement_takes_the_chunks(tmp_path: Path) -> None:
@@ -615,7 +616,7 @@ def test_one_engine_goes_on_without_a_spare_that_was_left_out(tmp_path: Path) ->
     with engine.opened(target) as disks:
         broken.unwritable = set(range(16384)) | set(range(20000, broken.sectors))
         for chunk in (5, 10, 12):
-            moved = engine.move(target, disks, [chunk], engine_module.Patience())
+            moved = engine.move(target, disks, [chunk], Patience())
             assert list(moved.left_out) == ([1] if broken.unwritable else [])
             choice = replace(target.choice, metadata=moved.metadata)
             target = replace(target, choice=choice, table=())

@@ -9,8 +9,9 @@ import argparse
 from typing import Any
 
 from ..configuration import PATH, Configuration, Entry, load
-from ..engine import Engine, request_seen
+from ..engine import Engine
 from ..errors import DmRemapError, Refused, count_of
+from ..observing import request_seen
 from ..planner import plan_present
 from .framework import FILE, Command, Exit, Host, Program, Result, add
 from .text import action_lines, table

@@ -14,8 +14,9 @@ from typing import Any
 from scene import HASTY, answer, arguments, fill, peak_bytes, present, problems
 
 from dm_remap import copies
-from dm_remap.engine import Engine, RemapReport
+from dm_remap.engine import Engine
 from dm_remap.format import Extent, geometry_of
+from dm_remap.moved import RemapReport
 
 CHUNK_SECTORS = 8
 

@@ -11,8 +11,8 @@ from collections.abc import Callable
 
 from scene import BlockDevice, Engine, answer, arguments, fill, pattern, problems, state
 
-from dm_remap.engine import request_seen
 from dm_remap.errors import Refused
+from dm_remap.observing import request_seen
 from dm_remap.planner import plan_present
 from dm_remap.report import describe_migration
 from dm_remap.request import Request
