@@ -1890,7 +1890,7 @@ class Engine:
     def is_current(self, target: ActiveTarget, disks: Disks) -> bool:
         """Whether a target that holds its errors is as it was observed.
 
-        Whoever changes its chunks commits a generation, so one copy of the metadata tells.
+        Whoever changes its chunks commits a generation, so a look at the metadata tells.
         """
         device = self._mapper.info(target.name)
         if device is None or target.path is None or not target.tidy:

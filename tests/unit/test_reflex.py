@@ -372,6 +372,27 @@ def test_a_chunk_that_somebody_else_remapped_meanwhile(target: Scene, healer: He
     target.check()
 
 
+@pytest.mark.parametrize("stuck", ["spare", "copy"])
+def test_a_remap_by_somebody_else_that_the_first_copy_does_not_tell_of(
+    tmp_path: Path, stuck: str
+) -> None:
+    """The first spare takes no writes, or its copy 1; the place of what was moved stays taken."""
+    target = held_scene(tmp_path, spares=2 if stuck == "spare" else 1)
+    kernel, healer = target.kernel, Healer(target)
+    first = target.spares[0]
+    first.unwritable = set(range(first.sectors) if stuck == "spare" else range(1024, 2048))
+    target.remap((41, 1))
+    target.app.write(kernel, 41)
+    target.main.unwritable = {82}
+    target.app.write(kernel, 82)
+    healer.settle()
+    assert healer.kinds() == ["healing", "healed"]
+    assert target.generation() == 3
+    first.unwritable = set()
+    target.create()
+    target.check()
+
+
 def test_a_target_that_is_removed_and_made_again(target: Scene, healer: Healer) -> None:
     target.spoil(41, failures=3)
     target.kernel.submit_read(NAME, 41, 1)
