@@ -1043,6 +1043,46 @@ def test_one_call_that_fails_anywhere_in_a_healing_leaves_nothing_waiting(tmp_pa
         scene.check(why=f"{number}: {label}")
 
 
+@pytest.mark.parametrize("haste", [60.0, 0.0], ids=["hasty", "frozen"])
+@pytest.mark.parametrize("spares", [1, 2])
+def test_spares_that_all_die_in_a_healing_stop_only_the_chunk(
+    tmp_path: Path, spares: int, haste: float
+) -> None:
+    """At each call; when they are back, the chunk is where the metadata says, with its data."""
+    for stop in itertools.count():
+        scene = held_scene(tmp_path / str(stop), spares=spares)
+        kernel, calls = scene.kernel, itertools.count()
+
+        def reached(
+            name: str, scene: Scene = scene, calls: Iterator[int] = calls, stop: int = stop
+        ) -> None:
+            if next(calls) == stop:
+                for spare in scene.spares:
+                    spare.dead = True
+
+        healer = Healer(scene, scene.engine(Process(kernel, reached)), haste)
+        scene.main.unwritable = {41}
+        write = kernel.submit(NAME, 41, data_of(41, 1))
+        healer.turn(100)
+        healer.turn(5, seconds=1)
+        died = scene.spares[0].dead
+        beside = [kernel.submit_read(NAME, 80, 1), kernel.submit(NAME, 82, data_of(82, 1))]
+        healer.turn(5)
+        assert kernel.completed.issuperset(beside), stop
+        again = kernel.submit_read(NAME, 42, 1)
+        healer.turn(100)
+        healer.turn(5, seconds=1)
+        assert {write, again} <= kernel.completed | kernel.failed, stop
+        for spare in scene.spares:
+            spare.dead = False
+        healer.turn(20, seconds=1)
+        scene.main.unwritable = set()
+        scene.create()
+        scene.check(why=str(stop))
+        if not died:
+            return
+
+
 # The parts
 
 
