@@ -19,6 +19,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from dm_remap import copies
 from dm_remap import engine as engine_module
 from dm_remap import reflex as reflex_module
 from dm_remap.engine import Engine, Route
@@ -1081,6 +1082,32 @@ def test_spares_that_all_die_in_a_healing_stop_only_the_chunk(
         scene.check(why=str(stop))
         if not died:
             return
+
+
+def test_what_a_spare_may_know_of_a_healing_that_was_killed_never_counts_later(
+    tmp_path: Path,
+) -> None:
+    """It dies with the reflex, and comes back after the chunk was written where it was."""
+    target = held_scene(tmp_path, spares=2)
+    target.spoil(41, failures=3)
+    target.kernel.submit_read(NAME, 41, 1)
+    refused = 0
+    for crash in record(target, lambda engine: heal_with(target, engine)):
+        scene = target.at(crash.kernel, crash.app)
+        scene.main.bad.clear()
+        scene.spares[0].dead = True
+        Healer(scene).turn(5, seconds=1)
+        scene.app.write(scene.kernel, 41)
+        scene.spares[0].dead = False
+        scene.kernel.cut_power(scene.kernel.volatile())
+        try:
+            scene.create()
+        except copies.SplitBrain:
+            refused += 1
+            continue
+        scene.app.settle(scene.kernel)
+        scene.check_blocks(why=crash.label)
+    assert refused
 
 
 # The parts
