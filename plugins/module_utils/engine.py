@@ -2084,8 +2084,9 @@ class Engine:
         metadata = target.metadata
         chunk_sectors, block = metadata.config["chunk_sectors"], metadata.config["block_sectors"]
         total = metadata.config["main"]["sectors"]
-        # I/O to frozen chunks would wait.
-        lost = [] if target.frozen else [(item.sector, item.count) for item in metadata.lost]
+        # I/O to frozen chunks would wait, and to a suspended map for ever.
+        waits = target.frozen or target.map.suspended
+        lost = [] if waits else [(item.sector, item.count) for item in metadata.lost]
         asked = [
             (chunk * chunk_sectors, chunk_sectors)
             for chunk in extents.chunks_of(ranges, chunk_sectors, total)

@@ -1084,6 +1084,26 @@ def test_spares_that_all_die_in_a_healing_stop_only_the_chunk(
             return
 
 
+@pytest.mark.parametrize("check", [False, True])
+def test_what_follows_a_healing_that_was_killed_does_not_read_a_suspended_map(
+    tmp_path: Path, check: bool
+) -> None:
+    """It would wait for ever, with the lock that the next reflex needs."""
+    target = held_scene(tmp_path)
+    target.spoil(41)
+    target.remap((41, 1))
+    target.spoil(81, failures=3)
+    target.kernel.submit_read(NAME, 81, 1)
+    for crash in record(target, lambda engine: heal_with(target, engine)):
+        scene = target.at(crash.kernel, crash.app)
+        report = scene.engine().change_sectors(
+            NAME, [(40, CHUNK)], returned=True, patience=QUICK, files_seconds=0, check=check
+        )
+        suspended = any(device.suspended for device in crash.kernel.mapped.values())
+        assert report.lost == [(41, 1)] or (check and suspended), crash.label
+        assert suspended <= check, crash.label
+
+
 def test_what_a_spare_may_know_of_a_healing_that_was_killed_never_counts_later(
     tmp_path: Path,
 ) -> None:
