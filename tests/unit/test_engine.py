@@ -513,6 +513,27 @@ def test_a_disk_that_is_gone_is_not_a_chunk_of_lost_sectors(target: Scene) -> No
     target.check()
 
 
+def test_old_data_in_a_spares_journal_does_not_appear_in_lost_sectors(target: Scene) -> None:
+    """A host that goes off without a suspend leaves it there; each activation replays it."""
+
+    def restart() -> None:
+        target.app.flush(target.kernel)
+        target.kernel.cut_power(target.kernel.volatile())
+        target.create()
+
+    target.remap((40, CHUNK))
+    restart()
+    target.return_to_main((40, CHUNK))
+    # With nothing to be written, nothing else would renew the journal.
+    target.spoil(*range(80, 80 + CHUNK))
+    report = target.remap((80, CHUNK))
+    assert report.chunks[0].spare_chunk == 0, "the same place"
+    assert report.lost == [(80, CHUNK)]
+    target.check()
+    restart()
+    target.check(power_cut=True)
+
+
 def test_old_data_on_a_spare_does_not_appear_in_lost_sectors(target: Scene) -> None:
     """A remap that was killed left valid blocks on spare chunks; lost sectors need empty ones."""
     process = Process(target.kernel)
