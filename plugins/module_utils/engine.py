@@ -1893,7 +1893,7 @@ class Engine:
         Whoever changes its chunks commits a generation, so a look at the metadata tells.
         """
         device = self._mapper.info(target.name)
-        if device is None or target.path is None or not target.tidy:
+        if device is None or target.path is None or not (target.tidy and target.certain):
             return False
         if (device.uuid, device.devno) != (target.device.uuid, target.device.devno):
             return False

@@ -576,6 +576,28 @@ def test_a_spare_that_cannot_be_written_leaves_the_work_to_another(tmp_path: Pat
     scene.check()
 
 
+@pytest.mark.parametrize("setting", [{"shim": "raid"}, {"allocation": "balanced"}])
+def test_settings_wait_for_a_lost_spare_with_newer_metadata(
+    tmp_path: Path, setting: dict[str, str]
+) -> None:
+    """A shim needs a table, and that of the older metadata would show main's old data."""
+    scene = make_scene(tmp_path, spares=2)
+    scene.create()
+    first, second = scene.spares
+    second.unwritable = set(range(second.sectors))
+    scene.remap((41, 1))
+    second.unwritable = set()
+    first.dead = True
+    request, engine = replace(scene.request, degraded=True, **setting), scene.engine()
+    seen = engine.see(NAME, request.main, request.spares, degraded=True)
+    with pytest.raises(Refused, match="another table than generation 1 says"):
+        plan_present(request, seen)
+    plan_present(replace(scene.request, degraded=True), seen)
+    first.dead = False
+    assert scene.create() == ["repair_metadata"]
+    scene.check()
+
+
 def test_a_bad_place_on_a_spare_is_passed_over(target: Scene) -> None:
     geometry = planner.geometry_of(target.engine().require(NAME).metadata, 0)
     target.spares[0].unwritable = {geometry.chunk_sector(0) + 3}

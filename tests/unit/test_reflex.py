@@ -690,6 +690,39 @@ def test_a_reflex_that_does_not_know_the_newest_generation_cuts_off_by_the_live_
             assert answer == data_of(chunk * CHUNK, 1) or (spares == 1 and answer is None), chunk
 
 
+@pytest.mark.parametrize("knew", [False, True])
+@pytest.mark.parametrize("haste", [60.0, 0.0], ids=["hasty", "frozen"])
+def test_nothing_is_healed_by_older_metadata_than_a_lost_spare_has(
+    tmp_path: Path, haste: float, knew: bool
+) -> None:
+    """The other spare did not take the last commit, and does not know what was moved by it."""
+    scene = held_scene(tmp_path, spares=2)
+    kernel, (first, second) = scene.kernel, scene.spares
+    before = [Healer(scene, haste=haste)] if knew else []
+    second.unwritable = set(range(second.sectors))
+    scene.remap((41, 1))
+    scene.app.write(kernel, 41)
+    second.unwritable = set()
+    first.dead = True
+    healer = before[0] if before else Healer(scene, haste=haste)
+    scene.main.unwritable = {82}
+    write = kernel.submit(NAME, 82, data_of(82, 1))
+    healer.settle()
+    assert write in kernel.failed
+    assert healer.kinds() == ["failed"]
+    read = kernel.submit_read(NAME, 41, 1)
+    healer.settle()
+    newest = scene.app.versions[41][1]
+    assert kernel.answers.get(read) in (None, newest), "main has its old data there"
+    first.dead = False
+    healer.turn(20, seconds=1)
+    scene.app.write(kernel, 82)
+    healer.settle()
+    scene.main.unwritable = set()
+    scene.create()
+    scene.check()
+
+
 @pytest.mark.parametrize("errors", [False, True])
 def test_a_spare_can_leave_while_the_reflex_watches(tmp_path: Path, errors: bool) -> None:
     """Its devices are open in the reflex, also when errors of main wait for the lock."""
