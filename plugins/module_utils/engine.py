@@ -1146,6 +1146,14 @@ class Engine:
 
     def _activate_spare(self, name: str, metadata: Metadata, index: int, info: DeviceInfo) -> None:
         geometry = geometry_of(metadata, index)
+        if planner.chunks_on(metadata, index) and not self.is_formatted(info.path, geometry):
+            # The kernel would format zeros anew, without what the journal had and with the old tags.
+            raise DmRemapError(
+                f"has chunks as spare {index}, but the beginning of its tag area was overwritten",
+                device=info.path,
+                remedy="restore it, or leave this spare out with degraded: true, and these chunks "
+                "give errors",
+            )
         pieces = (
             (stack.tags_name(name, index), "tags", geometry.tag_start, geometry.tag_sectors),
             (stack.data_name(name, index), "data", geometry.data_start, geometry.data_sectors),

@@ -598,6 +598,22 @@ def test_settings_wait_for_a_lost_spare_with_newer_metadata(
     scene.check()
 
 
+def test_a_spare_whose_tag_area_was_overwritten_is_not_formatted_anew(target: Scene) -> None:
+    """The kernel does that where it finds zeros; what only the journal had would be old again."""
+    target.remap((40, 1))
+    geometry = geometry_of(target.engine().require(NAME).metadata, 0)
+    target.kernel.cut_power(target.kernel.volatile())
+    spare = target.spares[0]
+    kept = spare.read(geometry.tag_start, 1)
+    spare.fill(geometry.tag_start, bytes(SECTOR))
+    with pytest.raises(DmRemapError, match="its tag area was overwritten"):
+        target.create()
+    assert spare.read(geometry.tag_start, 1) == bytes(SECTOR)
+    spare.fill(geometry.tag_start, kept)
+    target.create()
+    target.check()
+
+
 def test_a_bad_place_on_a_spare_is_passed_over(target: Scene) -> None:
     geometry = planner.geometry_of(target.engine().require(NAME).metadata, 0)
     target.spares[0].unwritable = {geometry.chunk_sector(0) + 3}
