@@ -1147,7 +1147,7 @@ class Engine:
     def _activate_spare(self, name: str, metadata: Metadata, index: int, info: DeviceInfo) -> None:
         geometry = geometry_of(metadata, index)
         if planner.chunks_on(metadata, index) and not self.is_formatted(info.path, geometry):
-            # The kernel would format zeros anew, without what the journal had and with the old tags.
+            # The kernel would format zeros anew, without the journal and with the old tags.
             raise DmRemapError(
                 f"has chunks as spare {index}, but the beginning of its tag area was overwritten",
                 device=info.path,
