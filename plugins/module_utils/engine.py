@@ -1146,6 +1146,14 @@ class Engine:
 
     def _activate_spare(self, name: str, metadata: Metadata, index: int, info: DeviceInfo) -> None:
         geometry = geometry_of(metadata, index)
+        if planner.chunks_on(metadata, index) and not self.is_formatted(info.path, geometry):
+            # The kernel would format zeros anew, without the journal and with the old tags.
+            raise DmRemapError(
+                f"has chunks as spare {index}, but the beginning of its tag area was overwritten",
+                device=info.path,
+                remedy="restore it, or leave this spare out with degraded: true, and these chunks "
+                "give errors",
+            )
         pieces = (
             (stack.tags_name(name, index), "tags", geometry.tag_start, geometry.tag_sectors),
             (stack.data_name(name, index), "data", geometry.data_start, geometry.data_sectors),
@@ -1890,10 +1898,10 @@ class Engine:
     def is_current(self, target: ActiveTarget, disks: Disks) -> bool:
         """Whether a target that holds its errors is as it was observed.
 
-        Whoever changes its chunks commits a generation, so one copy of the metadata tells.
+        Whoever changes its chunks commits a generation, so a look at the metadata tells.
         """
         device = self._mapper.info(target.name)
-        if device is None or target.path is None or not target.tidy:
+        if device is None or target.path is None or not (target.tidy and target.certain):
             return False
         if (device.uuid, device.devno) != (target.device.uuid, target.device.devno):
             return False
@@ -2084,8 +2092,9 @@ class Engine:
         metadata = target.metadata
         chunk_sectors, block = metadata.config["chunk_sectors"], metadata.config["block_sectors"]
         total = metadata.config["main"]["sectors"]
-        # I/O to frozen chunks would wait.
-        lost = [] if target.frozen else [(item.sector, item.count) for item in metadata.lost]
+        # I/O to frozen chunks would wait, and to a suspended map for ever.
+        waits = target.frozen or target.map.suspended
+        lost = [] if waits else [(item.sector, item.count) for item in metadata.lost]
         asked = [
             (chunk * chunk_sectors, chunk_sectors)
             for chunk in extents.chunks_of(ranges, chunk_sectors, total)
@@ -2275,7 +2284,14 @@ class Engine:
             self._mapper.swap(target.map.name)
             raise
         except BaseException:
-            self._end_freeze(target.name, attempted)
+            try:
+                # Should nobody be able to tell where the chunks are, the rest must go on.
+                if attempted:
+                    self._freezer.freeze(target, chunks, FREEZE_SECONDS, None)
+                else:
+                    self._mapper.swap(target.map.name)
+            finally:
+                self._end_freeze(target.name, attempted)
             raise
         if release:
             release()
@@ -2587,20 +2603,26 @@ class Engine:
         _write_readable(work, disks.spares[index], metadata)
         if _lost_fail(work, disks.spares[index], metadata):
             return True
-        self._poison(target.name, work, disks.members[index], geometry)
+        self._poison(target, work, disks, geometry)
         return _lost_fail(work, disks.spares[index], metadata)
 
-    def _poison(self, name: str, work: _Work, member: OpenDevice, geometry: Geometry) -> None:
+    def _poison(self, target: Holder, work: _Work, disks: Disks, geometry: Geometry) -> None:
         """Make the chunk's lost blocks read as errors where the place has old data.
 
-        A suspend writes back what dm-integrity's journal holds of them; then other bytes below
-        match no tag any more.
+        A suspend writes back what dm-integrity's journal holds of them, and empties the journal on
+        the disk, which would bring old data back when the spare is next activated. It does the
+        latter only if anything was written since the spare was resumed (`wrote_to_journal` in
+        drivers/md/dm-integrity.c). Then other bytes below match no tag any more.
         """
-        part = stack.spare_name(name, work.extent.spare)
+        index, block = work.extent.spare, work.salvage.block_sectors
+        lost, member = work.salvage.runs(Outcome.LOST), disks.members[index]
+        first_lost = _spare_sector(work, target.metadata) + lost[0][0] * block
+        disks.spares[index].write(first_lost, bytes(block * SECTOR_BYTES))
+        part = stack.spare_name(target.name, index)
         self._mapper.suspend(part)
         self._mapper.swap(part)
-        place, block = geometry.chunk_sector(work.extent.physical), work.salvage.block_sectors
-        for first, count in work.salvage.runs(Outcome.LOST):
+        place = geometry.chunk_sector(work.extent.physical)
+        for first, count in lost:
             old = member.read(place + first * block, count * block)
             member.write(place + first * block, bytes(byte ^ 0xFF for byte in old))
         member.flush()
@@ -2690,7 +2712,9 @@ class Engine:
             }
             # What is on a lost spare shows no old data.
             doubtful = bool(hiding) and not lost.issuperset(chunks)
-            if doubtful and parting and all(planner.is_noted(target.metadata, i) for i in hiding):
+            noted = all(planner.is_noted(target.metadata, i) for i in hiding)
+            # A suspended map does not tell which chunks were on the move, so none can be spared.
+            if (hiding and not chunks) or (doubtful and parting and noted):
                 target = self._part_from_missing(target)
             elif doubtful:
                 # A newer generation may be there, and would later show the chunks' old data.

@@ -26,7 +26,7 @@ from .engine import Disks, Engine, Moved
 from .errors import DmRemapError
 from .events import intersect_ranges
 from .hasty import HastyReader
-from .planner import ActiveTarget, degradation, plan_upkeep
+from .planner import ActiveTarget, check_certain, degradation, plan_upkeep
 from .probing import MEDIUM_ERRORS, DeviceState, device_state, serves_requests, whole_disk
 from .report import sector_ranges
 from .salvage import Patience, Salvage, Unfinished
@@ -488,6 +488,8 @@ class Reflex:
             if not injury.others:
                 self._release(ward)
             return
+        # A table from older metadata would show main's old data where a lost spare has newer.
+        check_certain(target)
         self._tell({"type": "healing", "target": target.name})
         now = self._clock()
         ward.suspects = {c: until for c, until in ward.suspects.items() if until > now}
