@@ -42,6 +42,8 @@ from .marks import MAGIC, NEAR_SECTORS, SECTOR_BYTES
 
 # Even near copies are overwritten last.
 EVEN_COPIES = frozenset({0, 2, 4})
+# What is read to see whether a spare has changed.
+_QUICK_SECTORS = (NEAR_SECTORS[1], NEAR_SECTORS[3])
 # Two hosts' clocks may differ by this much before a timestamp counts as in the future.
 CLOCK_SLACK_NS = 300 * 10**9
 # What is read of a slot at once; larger bodies take another read.
@@ -402,21 +404,33 @@ def survey(
 
 
 def carries(devices: Mapping[int, Device], metadata: Metadata) -> bool:
-    """Whether a header on one of the target's spares is of this generation: a quick look.
+    """Whether all of the target's spares are at this generation: a quick look.
 
-    A commit writes copy 1 of every spare before any spare's copy 0, so that one is read.
+    Copies 1 and 3 of each spare are read, of which a commit writes at least one before any spare's
+    even copies. A spare may be behind because it takes no writes, and of another one a slot may, so
+    one copy of one spare says nothing of the others.
 
     Args:
         devices: position in the list of spares to device.
         metadata: the generation.
     """
-    index, device = min(devices.items())
-    sector = NEAR_SECTORS[1]
-    try:
-        header = unpack_header(_read(device, sector, HEADER_BYTES), sector)
-    except Invalid:
-        return False
-    return (header.spare_uuid, header.digest) == (spare_uuid_of(metadata, index), metadata.digest)
+    return all(
+        _is_at(device, spare_uuid_of(metadata, index), metadata.digest)
+        for index, device in devices.items()
+    )
+
+
+def _is_at(device: Device, spare_uuid: uuid.UUID, digest: bytes) -> bool:
+    found = []
+    for sector in _QUICK_SECTORS:
+        try:
+            header = unpack_header(_read(device, sector, HEADER_BYTES), sector)
+        except Invalid as error:
+            if error.diagnosis is not Diagnosis.UNREADABLE:
+                return False
+        else:
+            found.append((header.spare_uuid, header.digest) == (spare_uuid, digest))
+    return bool(found) and all(found)
 
 
 # Choice

@@ -85,7 +85,7 @@ class Engine(Observer):
         progress = self._progress = progress or (lambda text: None)
         self._opener = Opener(blocks)
         self._freezer = Freezer(mapper, step)
-        self._stack = Stacker(mapper, self._freezer, step)
+        self._stack = Stacker(mapper, self, self._freezer, step)
         self._committer = Committer(blocks, self._opener, self.backup, step, progress)
         self._guard = Guard(mapper, self, self._freezer, self._committer, guard)
         self._hold = Hold(mapper, self, self._freezer, self._stack, self._guard, step)

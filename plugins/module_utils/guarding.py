@@ -115,7 +115,9 @@ class Guard:
             }
             # What is on a lost spare shows no old data.
             doubtful = bool(hiding) and not lost.issuperset(chunks)
-            if doubtful and parting and all(is_noted(target.metadata, i) for i in hiding):
+            noted = all(is_noted(target.metadata, i) for i in hiding)
+            # A suspended map does not tell which chunks were on the move, so none can be spared.
+            if (hiding and not chunks) or (doubtful and parting and noted):
                 target = self._part_from_missing(target)
             elif doubtful:
                 # A newer generation may be there, and would later show the chunks' old data.

@@ -148,7 +148,14 @@ class Mover:
             self._mapper.swap(target.map.name)
             raise
         except BaseException:
-            self._guard.end_freeze(target.name, attempted)
+            try:
+                # Should nobody be able to tell where the chunks are, the rest must go on.
+                if attempted:
+                    self._freezer.freeze(target, chunks, FREEZE_SECONDS, None)
+                else:
+                    self._mapper.swap(target.map.name)
+            finally:
+                self._guard.end_freeze(target.name, attempted)
             raise
         if release:
             release()

@@ -344,10 +344,10 @@ class Observer:
     def is_current(self, target: ActiveTarget, disks: Disks) -> bool:
         """Whether a target that holds its errors is as it was observed.
 
-        Whoever changes its chunks commits a generation, so one copy of the metadata tells.
+        Whoever changes its chunks commits a generation, so a look at the metadata tells.
         """
         device = self._mapper.info(target.name)
-        if device is None or target.path is None or not target.tidy:
+        if device is None or target.path is None or not (target.tidy and target.certain):
             return False
         if (device.uuid, device.devno) != (target.device.uuid, target.device.devno):
             return False
@@ -373,8 +373,9 @@ class Observer:
         metadata = target.metadata
         chunk_sectors, block = metadata.config["chunk_sectors"], metadata.config["block_sectors"]
         total = metadata.config["main"]["sectors"]
-        # I/O to frozen chunks would wait.
-        lost = [] if target.frozen else [(item.sector, item.count) for item in metadata.lost]
+        # I/O to frozen chunks would wait, and to a suspended map for ever.
+        waits = target.frozen or target.map.suspended
+        lost = [] if waits else [(item.sector, item.count) for item in metadata.lost]
         asked = [
             (chunk * chunk_sectors, chunk_sectors)
             for chunk in extents.chunks_of(ranges, chunk_sectors, total)

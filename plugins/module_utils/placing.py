@@ -14,6 +14,7 @@ from . import stack
 from .devices import Disks, Mapper, OpenDevice
 from .errors import DmRemapError, Refused
 from .format import Extent, Geometry, Metadata
+from .marks import SECTOR_BYTES
 from .moved import ranges_shown
 from .plan_remap import choose_places
 from .probing import MEDIUM_ERRORS, reads
@@ -220,20 +221,26 @@ class Placer:
         _write_readable(work, disks.spares[index], metadata)
         if _lost_fail(work, disks.spares[index], metadata):
             return True
-        self._poison(target.name, work, disks.members[index], geometry)
+        self._poison(target, work, disks, geometry)
         return _lost_fail(work, disks.spares[index], metadata)
 
-    def _poison(self, name: str, work: Work, member: OpenDevice, geometry: Geometry) -> None:
+    def _poison(self, target: Holder, work: Work, disks: Disks, geometry: Geometry) -> None:
         """Make the chunk's lost blocks read as errors where the place has old data.
 
-        A suspend writes back what dm-integrity's journal holds of them; then other bytes below
-        match no tag any more.
+        A suspend writes back what dm-integrity's journal holds of them, and empties the journal on
+        the disk, which would bring old data back when the spare is next activated. It does the
+        latter only if anything was written since the spare was resumed (`wrote_to_journal` in
+        drivers/md/dm-integrity.c). Then other bytes below match no tag any more.
         """
-        part = stack.spare_name(name, work.extent.spare)
+        index, block = work.extent.spare, work.salvage.block_sectors
+        lost, member = work.salvage.runs(Outcome.LOST), disks.members[index]
+        first_lost = _spare_sector(work, target.metadata) + lost[0][0] * block
+        disks.spares[index].write(first_lost, bytes(block * SECTOR_BYTES))
+        part = stack.spare_name(target.name, index)
         self._mapper.suspend(part)
         self._mapper.swap(part)
-        place, block = geometry.chunk_sector(work.extent.physical), work.salvage.block_sectors
-        for first, count in work.salvage.runs(Outcome.LOST):
+        place = geometry.chunk_sector(work.extent.physical)
+        for first, count in lost:
             old = member.read(place + first * block, count * block)
             member.write(place + first * block, bytes(byte ^ 0xFF for byte in old))
         member.flush()

@@ -16,7 +16,7 @@ from typing import Any
 
 from . import migration, replacement
 from .blockdev import DeviceInfo
-from .checks import check_distinct, check_unused
+from .checks import check_certain, check_distinct, check_unused
 from .errors import Refused
 from .format import Metadata
 from .plan import Action, Plan, with_config
@@ -172,7 +172,10 @@ def _with_settings(
     plan = with_config(begun, changed)
     after = {**config, **changed}
     actions = []
-    if after.get("shim", NO_SHIM) != (RAID_SHIM if target.shim else NO_SHIM):
+    other_shim = after.get("shim", NO_SHIM) != (RAID_SHIM if target.shim else NO_SHIM)
+    if changed or other_shim:
+        check_certain(target)
+    if other_shim:
         actions.append(Action("remove_shim" if target.shim else "insert_shim", target.name))
     if after["on_error"] != target.errors:
         kind = "hold_errors" if target.path is None else "pass_errors"

@@ -25,6 +25,8 @@ STRIDE = 64
 # error, protection error, target error. Drivers disagree on which, so they are handled alike; any
 # other error says that the device itself is in trouble.
 MEDIUM_ERRORS = frozenset({errno.EIO, errno.ENODATA, errno.EILSEQ, errno.EREMOTEIO})
+# What an error that may be a bad sector becomes; a read that timed out may have hit one too.
+SECTOR_ERRORS = MEDIUM_ERRORS | {errno.ETIMEDOUT}
 
 # States of SCSI devices (scsi_sysfs.c) and NVMe controllers (nvme/host/sysfs.c) that answer.
 _LIVE_STATES = ("running", "live", "")

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import collections
 import contextlib
-import errno
 import logging
 import math
 import os
@@ -22,6 +21,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from . import extents, replacement
+from .checks import check_certain
 from .devices import Disks
 from .engine import Engine
 from .errors import DmRemapError
@@ -29,7 +29,7 @@ from .events import intersect_ranges
 from .hasty import HastyReader
 from .moved import Moved
 from .plan_upkeep import plan_upkeep
-from .probing import MEDIUM_ERRORS, DeviceState, device_state, serves_requests, whole_disk
+from .probing import SECTOR_ERRORS, DeviceState, device_state, serves_requests, whole_disk
 from .report import sector_ranges
 from .salvage import Patience, Salvage, Unfinished
 from .target import ActiveTarget, degradation
@@ -56,9 +56,6 @@ _REPORTS_KEPT = 10_000
 _SLOW_SECONDS = 3600.0
 # Errors of disks without a known target, until it is sure that none is new.
 _UNKNOWN_KEPT = 1000
-
-# What an error that may be a bad sector becomes; a read that timed out may have hit one too.
-_SECTOR_ERRORS = MEDIUM_ERRORS | {errno.ETIMEDOUT}
 
 # Everything but the chunk goes on, and the drive itself has tried before: quick retries suffice.
 PATIENCE = Patience(retries=4, backoff=0.005, budget=60.0)
@@ -153,7 +150,7 @@ def on_one_main(ward: Ward, errors: Iterable[BlockError]) -> list[BlockError]:
         new = bool(ward.new_disk) and error.devno == ward.new_disk
         start = ward.new_start if new else ward.start
         side = (0, border) if new else (border, total - border)
-        if error.operation == FLUSH or error.errno not in _SECTOR_ERRORS:
+        if error.operation == FLUSH or error.errno not in SECTOR_ERRORS:
             found.append(error)
             continue
         for first, count in intersect_ranges([(error.sector - start, error.count)], side):
@@ -174,7 +171,7 @@ def injury_of(target: ActiveTarget, start: int, errors: Iterable[BlockError]) ->
     hit: dict[bool, set[int]] = {True: set(), False: set()}
     others = set()
     for error in errors:
-        if error.errno not in _SECTOR_ERRORS:
+        if error.errno not in SECTOR_ERRORS:
             others.add(error.errno)
         else:
             for first, count in intersect_ranges([(error.sector - start, error.count)], (0, total)):
@@ -491,6 +488,8 @@ class Reflex:
             if not injury.others:
                 self._release(ward)
             return
+        # A table from older metadata would show main's old data where a lost spare has newer.
+        check_certain(target)
         self._tell({"type": "healing", "target": target.name})
         now = self._clock()
         ward.suspects = {c: until for c, until in ward.suspects.items() if until > now}

@@ -15,26 +15,20 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Callable, Protocol
 
+from . import probing
 from .errors import DmRemapError
 from .events import intersect_ranges, subtract_ranges
 from .format import Metadata
-from .probing import MEDIUM_ERRORS, probe
+from .probing import SECTOR_ERRORS, probe
 
 # Sectors in a read, as many as one request of a disk usually has.
 STRIDE = 2048
 
-# A read that timed out may have hit a bad sector too.
-_SECTOR_ERRORS = MEDIUM_ERRORS | {errno.ETIMEDOUT}
 
-
-class Readable(Protocol):
-    """What is needed of a device: uncached reads."""
+class Readable(probing.Readable, Protocol):
+    """What is needed of a device: uncached reads, and its name for errors."""
 
     name: str
-    sectors: int
-
-    def read(self, sector: int, count: int) -> bytes:
-        """Return `count` sectors from `sector` on, or raise OSError."""
 
 
 @dataclass(frozen=True)
@@ -162,7 +156,7 @@ def _read(
         failed = error.errno or errno.EIO
     else:
         return ()
-    if failed not in _SECTOR_ERRORS:
+    if failed not in SECTOR_ERRORS:
         raise DmRemapError(
             f"cannot be read at sector {position}: {os.strerror(failed)}",
             device=device.name,

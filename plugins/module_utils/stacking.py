@@ -12,12 +12,13 @@ from . import replacing, stack
 from .blockdev import DeviceInfo
 from .devices import Mapper
 from .devmapper import MappedDevice, Segment
-from .errors import Refused
+from .errors import DmRemapError, Refused
 from .format import Metadata, geometry_of
 from .freezing import Freezer, existing, own_part
 from .marks import SECTOR_BYTES
+from .observing import Observer
 from .plan import Plan, metadata_of
-from .target import ActiveTarget
+from .target import ActiveTarget, chunks_on
 
 # How long the kernel holds failed I/O that nobody heals.
 HOLD_SECONDS = 120
@@ -28,12 +29,16 @@ class Stacker:
 
     Args:
         mapper: device-mapper.
+        observer: looks at spares before they are used.
         freezer: freezes and thaws chunks.
         step: called with a name after each step that a crash could follow.
     """
 
-    def __init__(self, mapper: Mapper, freezer: Freezer, step: Callable[[str], None]) -> None:
+    def __init__(
+        self, mapper: Mapper, observer: Observer, freezer: Freezer, step: Callable[[str], None]
+    ) -> None:
         self._mapper = mapper
+        self._observer = observer
         self._freezer = freezer
         self._step = step
 
@@ -88,8 +93,20 @@ class Stacker:
         )
 
     def activate_spare(self, name: str, metadata: Metadata, index: int, info: DeviceInfo) -> None:
-        """Create the mapped devices of a spare."""
+        """Create the mapped devices of a spare.
+
+        Raises:
+            DmRemapError: it has chunks whose tags were overwritten, or the kernel refuses.
+        """
         geometry = geometry_of(metadata, index)
+        if chunks_on(metadata, index) and not self._observer.is_formatted(info.path, geometry):
+            # The kernel would format zeros anew, without the journal and with the old tags.
+            raise DmRemapError(
+                f"has chunks as spare {index}, but the beginning of its tag area was overwritten",
+                device=info.path,
+                remedy="restore it, or leave this spare out with degraded: true, and these chunks "
+                "give errors",
+            )
         pieces = (
             (stack.tags_name(name, index), "tags", geometry.tag_start, geometry.tag_sectors),
             (stack.data_name(name, index), "data", geometry.data_start, geometry.data_sectors),

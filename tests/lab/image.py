@@ -108,7 +108,10 @@ SSH_UNIT = """\
 ExecStartPre=
 """
 
+# Whoever opens a terminal for a login drops what waits to be printed there.
 SERIAL_GETTY = """\
+[Unit]
+After=lab-ready.service
 [Service]
 ExecStart=
 ExecStart=-/sbin/agetty --autologin root --noclear --keep-baud 115200 - $TERM

@@ -14,8 +14,10 @@ What is modelled:
   cut keeps any subset of the writes since then.
 - The targets linear, error and integrity. Integrity keeps its superblock and its tags on the meta
   device, and a block whose tag does not match reads as EILSEQ. It does not clear the tags when it
-  formats. Its journal makes a block and its tag change together. An error of the disk below comes
-  at once, where the kernel's journal may hide it until later.
+  formats. Its journal makes a block and its tag change together. What was written back stays in the
+  journal on the disk and is replayed at each activation; a suspend empties it only if anything was
+  written since the last resume (wrote_to_journal in drivers/md/dm-integrity.c). An error of the
+  disk below comes at once, where the kernel's journal may hide it until later.
 - The target multipath in bio mode with one path. An error from below that the block layer takes
   for one of the path fails the path; that I/O and all later ones then wait, or fail with EIO
   without queue_if_no_path. The message reinstate_path tries again all that waits. A suspend fails
@@ -54,6 +56,7 @@ SECTOR = 512
 DM_MAJOR = 253
 SUPERBLOCK_SECTORS = 8
 SUPERBLOCK_MAGIC = b"integrt\0"
+JOURNAL_ENTRIES = 500
 # The errors of which the block layer says that another path would not help (blk_path_error):
 # NOTSUPP, NOSPC, TARGET, NEXUS, MEDIUM and PROTECTION.
 NOT_OF_THE_PATH = (
@@ -216,13 +219,16 @@ class Disk:
 class Integrity:
     """An integrity target in journal mode: blocks with tags on the meta device.
 
-    ``journal`` holds what was written since the last flush, a block and its tag as one.
+    ``journal`` holds what was written since the last flush, a block and its tag as one, ``place``
+    is where the meta device is, and ``wrote`` whether anything was written since the last resume.
     """
 
     data: str
     meta: str
     block: int
     tags: int
+    place: str
+    wrote: bool = False
     journal: list[tuple[int, bytes]] = field(default_factory=list)
 
 
@@ -385,6 +391,8 @@ class Kernel:
         self.trace: list[str] = []
         # The devices for whose delay a suspend had to wait.
         self.waited_for: list[str] = []
+        # What the journals on the disks hold, by the place of the meta device.
+        self.journals: dict[str, tuple[tuple[int, bytes], ...]] = {}
         self._minors = 0
         self._requests = 0
 
@@ -397,7 +405,7 @@ class Kernel:
             twin = copy.deepcopy(device)
             twin.handles = 0
             other.mapped[name] = twin
-        for name in ("completed", "failed", "answers", "errors", "trace", "waited_for"):
+        for name in ("completed", "failed", "answers", "errors", "trace", "waited_for", "journals"):
             setattr(other, name, copy.copy(getattr(self, name)))
         return other
 
@@ -431,6 +439,7 @@ class Kernel:
                 assert isinstance(item.data, bytes)
                 # What the journal holds is replayed when the device is next activated.
                 self._store(device.live.integrity, item.sector, item.data)
+                self._note(device.live.integrity, [(item.sector, item.data)])
         for disk in self.disks.values():
             disk.lose_power(disk.cache)
         self.mapped.clear()
@@ -737,12 +746,26 @@ class Kernel:
         self.write(target.data, sector, data)
         self.write(target.meta, place, bytes(tags))
 
+    def _note(self, target: Integrity, entries: Iterable[tuple[int, bytes]]) -> None:
+        """Put entries into the journal on the disk, where the oldest make room."""
+        kept = (*self.journals.get(target.place, ()), *entries)
+        self.journals[target.place] = kept[-JOURNAL_ENTRIES:]
+
     def _write_back(self, target: Integrity) -> None:
         for sector, data in target.journal:
             self._store(target, sector, data)
         self.flush(target.data)
         self.flush(target.meta)
+        self._note(target, target.journal)
+        target.wrote = target.wrote or bool(target.journal)
         target.journal.clear()
+
+    def _empty(self, target: Integrity) -> None:
+        """What a suspend does."""
+        self._write_back(target)
+        if target.wrote:
+            self.journals[target.place] = ()
+        target.wrote = False
 
     def open_integrity(self, segment: Segment) -> Integrity:
         """What the constructor does: read the superblock, or make one where there are zeros."""
@@ -760,12 +783,25 @@ class Kernel:
             raise fail(errno.EINVAL, "the data device is too small")
         wanted = SUPERBLOCK_MAGIC + b"%d %d %d" % (segment.length, block, journal)
         found = self.read(meta, 0, 1)
+        target = Integrity(data, meta, block, SUPERBLOCK_SECTORS + journal, self._place(meta))
         if found == bytes(SECTOR):
             self.write(meta, 0, wanted.ljust(SECTOR, b"\0"))
             self.flush(meta)
+            self.journals[target.place] = ()
         elif found.rstrip(b"\0") != wanted:
             raise fail(errno.EINVAL, "the superblock does not fit")
-        return Integrity(data, meta, block, SUPERBLOCK_SECTORS + journal)
+        for entry in self.journals.get(target.place, ()):
+            self._store(target, *entry)
+        return target
+
+    def _place(self, devno: str) -> str:
+        """The disk and the sector at which a linear device begins."""
+        device, sector = self.find(devno), 0
+        while isinstance(device, Mapped):
+            assert device.live is not None
+            below, offset, _delay = destination(device.live.segments[0])
+            device, sector = self.find(below), sector + offset
+        return f"{device.path} {sector}"
 
     # Device-mapper
 
@@ -840,7 +876,7 @@ class Kernel:
         for other, _request in self._below(name):
             raise Deadlock(f"{name} has I/O in flight that waits at {other}")
         if device.live and device.live.integrity:
-            self._write_back(device.live.integrity)
+            self._empty(device.live.integrity)
         device.suspended = True
 
     def _below(self, name: str) -> list[tuple[str, Request]]:
@@ -960,7 +996,7 @@ class Kernel:
         if device.live and device.live.integrity:
             # dm-integrity's destructor has nobody to tell of an error (dm_integrity_dtr).
             with contextlib.suppress(OSError):
-                self._write_back(device.live.integrity)
+                self._empty(device.live.integrity)
         del self.mapped[name]
 
 

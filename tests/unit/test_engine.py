@@ -522,6 +522,27 @@ def test_a_disk_that_is_gone_is_not_a_chunk_of_lost_sectors(target: Scene) -> No
     target.check()
 
 
+def test_old_data_in_a_spares_journal_does_not_appear_in_lost_sectors(target: Scene) -> None:
+    """A host that goes off without a suspend leaves it there; each activation replays it."""
+
+    def restart() -> None:
+        target.app.flush(target.kernel)
+        target.kernel.cut_power(target.kernel.volatile())
+        target.create()
+
+    target.remap((40, CHUNK))
+    restart()
+    target.return_to_main((40, CHUNK))
+    # With nothing to be written, nothing else would renew the journal.
+    target.spoil(*range(80, 80 + CHUNK))
+    report = target.remap((80, CHUNK))
+    assert report.chunks[0].spare_chunk == 0, "the same place"
+    assert report.lost == [(80, CHUNK)]
+    target.check()
+    restart()
+    target.check(power_cut=True)
+
+
 def test_old_data_on_a_spare_does_not_appear_in_lost_sectors(target: Scene) -> None:
     """A remap that was killed left valid blocks on spare chunks; lost sectors need empty ones."""
     process = Process(target.kernel)
@@ -562,6 +583,44 @@ def test_a_spare_that_cannot_be_written_leaves_the_work_to_another(tmp_path: Pat
     assert [chunk.spare for chunk in report.chunks] == [1, 1]
     assert report.lost == [(41, 1)]
     scene.check()
+
+
+@pytest.mark.parametrize("setting", [{"shim": "raid"}, {"allocation": "balanced"}])
+def test_settings_wait_for_a_lost_spare_with_newer_metadata(
+    tmp_path: Path, setting: dict[str, str]
+) -> None:
+    """A shim needs a table, and that of the older metadata would show main's old data."""
+    scene = make_scene(tmp_path, spares=2)
+    scene.create()
+    first, second = scene.spares
+    second.unwritable = set(range(second.sectors))
+    scene.remap((41, 1))
+    second.unwritable = set()
+    first.dead = True
+    request, engine = replace(scene.request, degraded=True, **setting), scene.engine()
+    seen = engine.see(NAME, request.main, request.spares, degraded=True)
+    with pytest.raises(Refused, match="another table than generation 1 says"):
+        plan_present(request, seen)
+    plan_present(replace(scene.request, degraded=True), seen)
+    first.dead = False
+    assert scene.create() == ["repair_metadata"]
+    scene.check()
+
+
+def test_a_spare_whose_tag_area_was_overwritten_is_not_formatted_anew(target: Scene) -> None:
+    """The kernel does that where it finds zeros; what only the journal had would be old again."""
+    target.remap((40, 1))
+    geometry = geometry_of(target.engine().require(NAME).metadata, 0)
+    target.kernel.cut_power(target.kernel.volatile())
+    spare = target.spares[0]
+    kept = spare.read(geometry.tag_start, 1)
+    spare.fill(geometry.tag_start, bytes(SECTOR))
+    with pytest.raises(DmRemapError, match="its tag area was overwritten"):
+        target.create()
+    assert spare.read(geometry.tag_start, 1) == bytes(SECTOR)
+    spare.fill(geometry.tag_start, kept)
+    target.create()
+    target.check()
 
 
 def test_a_bad_place_on_a_spare_is_passed_over(target: Scene) -> None:

@@ -19,7 +19,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dm_remap import memory
+from dm_remap import copies, memory
 from dm_remap import reflex as reflex_module
 from dm_remap.engine import Engine
 from dm_remap.errors import DmRemapError
@@ -373,6 +373,27 @@ def test_a_chunk_that_somebody_else_remapped_meanwhile(target: Scene, healer: He
     target.check()
 
 
+@pytest.mark.parametrize("stuck", ["spare", "copy"])
+def test_a_remap_by_somebody_else_that_the_first_copy_does_not_tell_of(
+    tmp_path: Path, stuck: str
+) -> None:
+    """The first spare takes no writes, or its copy 1; the place of what was moved stays taken."""
+    target = held_scene(tmp_path, spares=2 if stuck == "spare" else 1)
+    kernel, healer = target.kernel, Healer(target)
+    first = target.spares[0]
+    first.unwritable = set(range(first.sectors) if stuck == "spare" else range(1024, 2048))
+    target.remap((41, 1))
+    target.app.write(kernel, 41)
+    target.main.unwritable = {82}
+    target.app.write(kernel, 82)
+    healer.settle()
+    assert healer.kinds() == ["healing", "healed"]
+    assert target.generation() == 3
+    first.unwritable = set()
+    target.create()
+    target.check()
+
+
 def test_a_target_that_is_removed_and_made_again(target: Scene, healer: Healer) -> None:
     target.spoil(41, failures=3)
     target.kernel.submit_read(NAME, 41, 1)
@@ -667,6 +688,39 @@ def test_a_reflex_that_does_not_know_the_newest_generation_cuts_off_by_the_live_
         else:
             # Without any metadata errors are all that can be told.
             assert answer == data_of(chunk * CHUNK, 1) or (spares == 1 and answer is None), chunk
+
+
+@pytest.mark.parametrize("knew", [False, True])
+@pytest.mark.parametrize("haste", [60.0, 0.0], ids=["hasty", "frozen"])
+def test_nothing_is_healed_by_older_metadata_than_a_lost_spare_has(
+    tmp_path: Path, haste: float, knew: bool
+) -> None:
+    """The other spare did not take the last commit, and does not know what was moved by it."""
+    scene = held_scene(tmp_path, spares=2)
+    kernel, (first, second) = scene.kernel, scene.spares
+    before = [Healer(scene, haste=haste)] if knew else []
+    second.unwritable = set(range(second.sectors))
+    scene.remap((41, 1))
+    scene.app.write(kernel, 41)
+    second.unwritable = set()
+    first.dead = True
+    healer = before[0] if before else Healer(scene, haste=haste)
+    scene.main.unwritable = {82}
+    write = kernel.submit(NAME, 82, data_of(82, 1))
+    healer.settle()
+    assert write in kernel.failed
+    assert healer.kinds() == ["failed"]
+    read = kernel.submit_read(NAME, 41, 1)
+    healer.settle()
+    newest = scene.app.versions[41][1]
+    assert kernel.answers.get(read) in (None, newest), "main has its old data there"
+    first.dead = False
+    healer.turn(20, seconds=1)
+    scene.app.write(kernel, 82)
+    healer.settle()
+    scene.main.unwritable = set()
+    scene.create()
+    scene.check()
 
 
 @pytest.mark.parametrize("errors", [False, True])
@@ -1021,6 +1075,92 @@ def test_one_call_that_fails_anywhere_in_a_healing_leaves_nothing_waiting(tmp_pa
         scene.main.bad.clear()
         scene.create()
         scene.check(why=f"{number}: {label}")
+
+
+@pytest.mark.parametrize("haste", [60.0, 0.0], ids=["hasty", "frozen"])
+@pytest.mark.parametrize("spares", [1, 2])
+def test_spares_that_all_die_in_a_healing_stop_only_the_chunk(
+    tmp_path: Path, spares: int, haste: float
+) -> None:
+    """At each call; when they are back, the chunk is where the metadata says, with its data."""
+    for stop in itertools.count():
+        scene = held_scene(tmp_path / str(stop), spares=spares)
+        kernel, calls = scene.kernel, itertools.count()
+
+        def reached(
+            name: str, scene: Scene = scene, calls: Iterator[int] = calls, stop: int = stop
+        ) -> None:
+            if next(calls) == stop:
+                for spare in scene.spares:
+                    spare.dead = True
+
+        healer = Healer(scene, scene.engine(Process(kernel, reached)), haste)
+        scene.main.unwritable = {41}
+        write = kernel.submit(NAME, 41, data_of(41, 1))
+        healer.turn(100)
+        healer.turn(5, seconds=1)
+        died = scene.spares[0].dead
+        beside = [kernel.submit_read(NAME, 80, 1), kernel.submit(NAME, 82, data_of(82, 1))]
+        healer.turn(5)
+        assert kernel.completed.issuperset(beside), stop
+        again = kernel.submit_read(NAME, 42, 1)
+        healer.turn(100)
+        healer.turn(5, seconds=1)
+        assert {write, again} <= kernel.completed | kernel.failed, stop
+        for spare in scene.spares:
+            spare.dead = False
+        healer.turn(20, seconds=1)
+        scene.main.unwritable = set()
+        scene.create()
+        scene.check(why=str(stop))
+        if not died:
+            return
+
+
+@pytest.mark.parametrize("check", [False, True])
+def test_what_follows_a_healing_that_was_killed_does_not_read_a_suspended_map(
+    tmp_path: Path, check: bool
+) -> None:
+    """It would wait for ever, with the lock that the next reflex needs."""
+    target = held_scene(tmp_path)
+    target.spoil(41)
+    target.remap((41, 1))
+    target.spoil(81, failures=3)
+    target.kernel.submit_read(NAME, 81, 1)
+    for crash in record(target, lambda engine: heal_with(target, engine)):
+        scene = target.at(crash.kernel, crash.app)
+        report = scene.engine().change_sectors(
+            NAME, [(40, CHUNK)], returned=True, patience=QUICK, files_seconds=0, check=check
+        )
+        suspended = any(device.suspended for device in crash.kernel.mapped.values())
+        assert report.lost == [(41, 1)] or (check and suspended), crash.label
+        assert suspended <= check, crash.label
+
+
+def test_what_a_spare_may_know_of_a_healing_that_was_killed_never_counts_later(
+    tmp_path: Path,
+) -> None:
+    """It dies with the reflex, and comes back after the chunk was written where it was."""
+    target = held_scene(tmp_path, spares=2)
+    target.spoil(41, failures=3)
+    target.kernel.submit_read(NAME, 41, 1)
+    refused = 0
+    for crash in record(target, lambda engine: heal_with(target, engine)):
+        scene = target.at(crash.kernel, crash.app)
+        scene.main.bad.clear()
+        scene.spares[0].dead = True
+        Healer(scene).turn(5, seconds=1)
+        scene.app.write(scene.kernel, 41)
+        scene.spares[0].dead = False
+        scene.kernel.cut_power(scene.kernel.volatile())
+        try:
+            scene.create()
+        except copies.SplitBrain:
+            refused += 1
+            continue
+        scene.app.settle(scene.kernel)
+        scene.check_blocks(why=crash.label)
+    assert refused
 
 
 # The parts

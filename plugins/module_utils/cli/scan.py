@@ -16,15 +16,15 @@ from ..engine import Engine
 from ..errors import Refused, count_of
 from ..extents import find
 from ..format import geometry_of
+from ..marks import SECTOR_BYTES
 from ..report import describe_remap, warnings_of_remap
 from ..scanning import Finding, scan, stretches
 from ..sizes import size_text
 from ..target import ActiveTarget
 from .framework import TARGET, Command, Exit, Host, Result, add
 from .targets import place_text, whole_number
-from .text import table
+from .text import listed, table
 
-_SECTOR_BYTES = 512
 _TELL_SECONDS = 1.0
 
 
@@ -55,10 +55,10 @@ class _Progress:
         if not self._shown or now < self._told + _TELL_SECONDS:
             return
         self._told = now
-        rate = done * _SECTOR_BYTES / max(now - self.begun, 0.001)
-        left = (self._total - done) * _SECTOR_BYTES / max(rate, 1.0)
+        rate = done * SECTOR_BYTES / max(now - self.begun, 0.001)
+        left = (self._total - done) * SECTOR_BYTES / max(rate, 1.0)
         self._write(
-            f"{100 * done // max(self._total, 1)} % of {size_text(self._total * _SECTOR_BYTES)}, "
+            f"{100 * done // max(self._total, 1)} % of {size_text(self._total * SECTOR_BYTES)}, "
             f"{rate / (1 << 20):.1f} MiB/s, {count_of(bad, 'bad sector')}, "
             f"{left / 60:.0f} minutes left"
         )
@@ -153,13 +153,13 @@ def _unit(target: ActiveTarget, spare: int | None) -> int:
         return geometry_of(target.metadata, spare).block_sectors
     if target.main is None:
         raise AssertionError("a target with sectors on main has a main")
-    return max(target.main.logical_block, target.main.physical_block) // _SECTOR_BYTES
+    return max(target.main.logical_block, target.main.physical_block) // SECTOR_BYTES
 
 
 def _slow_down(rate: int, done: int, begun: float) -> None:
     """Wait until ``done`` sectors are no more than the rate in MiB a second allows."""
     if rate:
-        due = begun + done * _SECTOR_BYTES / (rate * (1 << 20))
+        due = begun + done * SECTOR_BYTES / (rate * (1 << 20))
         time.sleep(max(0.0, due - time.monotonic()))
 
 
@@ -171,8 +171,8 @@ def _remap(
     host: Host, engine: Engine, name: str, findings: Sequence[Finding]
 ) -> tuple[dict[str, Any] | None, list[str]]:
     """Move what main could not give, unless the reflex or a playbook has done it meanwhile."""
-    extents = engine.require(name).metadata.extents
-    chunk: int = engine.require(name).metadata.config["chunk_sectors"]
+    metadata = engine.require(name).metadata
+    extents, chunk = metadata.extents, metadata.config["chunk_sectors"]
     ranges = [
         (finding.start, finding.count)
         for finding in findings
@@ -180,7 +180,7 @@ def _remap(
     ]
     if not ranges:
         return None, []
-    host.log(f"remap {name} sectors " + ", ".join(f"{s}+{c}" for s, c in ranges))
+    host.log(f"remap {name} sectors " + listed(f"{s}+{c}" for s, c in ranges))
     report = engine.change_sectors(name, ranges, returned=False)
     return describe_remap(report), warnings_of_remap(name, report)
 
@@ -225,8 +225,8 @@ def _lines(data: dict[str, Any], spent: float) -> list[str]:
         for one in data["bad"]
     ]
     lines = table("SECTORS FOUND-ON ERROR STATE NOW-ON".split(), rows) if rows else []
-    size = size_text(data["sectors"] * _SECTOR_BYTES)
-    rate = data["sectors"] * _SECTOR_BYTES / max(spent, 0.001) / (1 << 20)
+    size = size_text(data["sectors"] * SECTOR_BYTES)
+    rate = data["sectors"] * SECTOR_BYTES / max(spent, 0.001) / (1 << 20)
     bad = sum(one["count"] for one in data["bad"] if not one["weak"])
     lines.append(f"read {size} in {spent:.1f} s, {rate:.1f} MiB/s; {count_of(bad, 'bad sector')}")
     if data["remap"]:
