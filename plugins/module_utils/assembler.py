@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Protocol
 
 from . import backups, blockdev, configuration, fstab, replacement, stack
-from .assembly import ACTIVE, ASSEMBLED, Assembled, Order, assemble
+from .assembly import ACTIVE, ASSEMBLED, Assembled, assemble
 from .blockdev import DeviceInfo, Listed
 from .boot import Clocks, Decision, Situation, Step, decide
 from .cli.text import clean
@@ -34,6 +34,7 @@ from .first_look import LASTING, PASSING
 from .format import Metadata
 from .hiding import SPARE, Known, Mains, roles_of
 from .marks import UUID_PREFIX
+from .order import Order
 from .reflex import wake_up
 from .service import notify
 from .udev import Event, Monitor

@@ -19,6 +19,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Callable, Protocol
 
 from . import blockdev, copies, kernel_v4, replacement, stack
+from .backups import Backups
 from .blockdev import DeviceInfo, Listed
 from .copies import Choice, FailedCopy, SplitBrain, Survey
 from .devmapper import MappedDevice, check_name
@@ -1250,6 +1251,25 @@ def scan(
         better = (second.get(one.info.devno, one) for one in found)
         found = [new if not new.error else old for new, old in zip(better, found)]
     return tuple(found)
+
+
+def observe(blocks: Blocks, tables: Tables, backups: Backups) -> Host:
+    """Look at all devices of the host, without a lock, and at what it knows of its targets.
+
+    Args:
+        blocks: block devices.
+        tables: device-mapper.
+        backups: the host's backups of its targets' metadata.
+    """
+    known = backups.targets()
+    newest = {target: backups.newest(target) for target in known}
+    notes = {target: backups.removed(target) for target in known}
+    return Host(
+        found=scan(blocks),
+        active=active_targets(tables),
+        kept={target: metadata for target, metadata in newest.items() if metadata},
+        removed={target: note for target, note in notes.items() if note},
+    )
 
 
 def _recorded(found: Iterable[Found]) -> tuple[list[Fingerprint], list[Fingerprint]]:

@@ -394,18 +394,7 @@ class Observer:
 
     def discover(self) -> discovery.Host:
         """Look at all devices of the host, without a lock, and at what it knows of its targets."""
-        known = self._backups.targets()
-        newest = {target: self._backups.newest(target) for target in known}
-        return discovery.Host(
-            found=discovery.scan(self._blocks),
-            active=discovery.active_targets(self._mapper),
-            kept={target: metadata for target, metadata in newest.items() if metadata},
-            removed={
-                target: note
-                for target, note in ((one, self._backups.removed(one)) for one in known)
-                if note
-            },
-        )
+        return discovery.observe(self._blocks, self._mapper, self._backups)
 
     def devno_of(self, path: str) -> str:
         """Device number of a path.

@@ -194,10 +194,11 @@ others:
 
 from ansible.module_utils.basic import AnsibleModule
 
-from ..module_utils.assembly import Order, Report, assemble
+from ..module_utils.assembly import Report, assemble
 from ..module_utils.configuration import ALLOWED, DEGRADED, NEVER
 from ..module_utils.engine import Engine
 from ..module_utils.errors import DmRemapError
+from ..module_utils.order import Order
 from ..module_utils.report import diff_of
 
 

@@ -59,6 +59,18 @@ copy_exec /sbin/blkid
 
 # Parts of the initial RAM disk that a root on virtio does without, named by their packages.
 INITRAMFS_WITHOUT = ("udev", "lvm2", "mdadm", "dmsetup", "thermal", "fsck", "fixrtc")
+# Those of them that a test can put back from ``INITRAMFS_KEPT``, to make one as hosts have it.
+INITRAMFS_LATER = ("udev", "lvm2", "dmsetup")
+INITRAMFS_KEPT = "/usr/share/lab"
+
+KEEP_INITRAMFS_PARTS = f"""\
+set -e
+mkdir -p "$1{INITRAMFS_KEPT}"
+for package in {" ".join(INITRAMFS_LATER)}; do
+    dpkg-deb --fsys-tarfile "$1"/var/cache/apt/archives/"$package"_*.deb |
+        tar -x -C "$1{INITRAMFS_KEPT}" --strip-components=3 ./usr/share/initramfs-tools
+done
+"""
 
 SSHD_CONFIG = """\
 HostKey /etc/ssh/ssh_host_ed25519_key
@@ -273,6 +285,7 @@ def bootstrap_command(suite: str, work: Path) -> list[str]:
     command += [
         f"--essential-hook=tar-in {quoted}/overlay.tar /",
         '--customize-hook=chroot "$1" systemctl enable lab-network.service lab-ready.service',
+        f"--customize-hook={KEEP_INITRAMFS_PARTS}",
         f"--customize-hook=download /vmlinuz {quoted}/vmlinuz",
         f"--customize-hook=download /initrd.img {quoted}/initrd.img",
         f"--customize-hook=download /etc/ssh/ssh_host_ed25519_key.pub {quoted}/host_key.pub",

@@ -310,6 +310,9 @@ class Machine:
         name: the machine's name; None for a made-up one.
         detached: let the guest outlive this process, until close() or ``kill`` by hand.
         boot_seconds: how long a boot may take.
+
+    Attributes:
+        initrd: the initial RAM disk of the next start; None for the image's.
     """
 
     def __init__(
@@ -344,6 +347,7 @@ class Machine:
         self.forwards: dict[int, int | None] = {SSH_PORT: None, **(forwards or {})}
         self.detached = detached
         self.boot_seconds = boot_seconds
+        self.initrd: Path | None = None
         self.machine_id = uuid.uuid4().hex
         self.process: Process | None = None
         self.last_boot_seconds: float | None = None
@@ -578,7 +582,7 @@ class Machine:
         accel = accelerator(image)
         cpus = self.cpus or (2 if accel == KVM else 1)
         command += [*accel, "-smp", str(cpus), "-m", str(self.memory_mb)]
-        command += ["-kernel", str(image.kernel), "-initrd", str(image.initrd)]
+        command += ["-kernel", str(image.kernel), "-initrd", str(self.initrd or image.initrd)]
         command += ["-append", kernel_arguments, "-name", self.name]
         command += ["-qmp", f"unix:{self._sockets()}/qmp,server=on,wait=off"]
         command += [

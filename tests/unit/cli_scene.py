@@ -76,8 +76,9 @@ class Desk:
     def host(self, stdin: IO[str] | None = None, **streams: IO[str]) -> Host:
         """The host, with streams of its own."""
 
+        used = self.process or Process(self.scene.kernel)
+
         def engine(progress: Any) -> Engine:
-            used = self.process or Process(self.scene.kernel)
             return Engine(
                 mapper=used.mapper,
                 blocks=used.blocks,
@@ -88,6 +89,8 @@ class Desk:
 
         return Host(
             engine=engine,
+            mapper=lambda: used.mapper,
+            blocks=used.blocks,
             backup_dir=str(self.folder / "backup"),
             journal=str(self.folder / "journal.db"),
             log=self.logged.append,

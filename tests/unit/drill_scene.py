@@ -12,10 +12,11 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from dm_remap import assembly
-from dm_remap.assembly import Order, Report
+from dm_remap.assembly import Report
 from dm_remap.backups import Backups
 from dm_remap.engine import Engine
 from dm_remap.format import minimum_spare_sectors, slot_sectors_of
+from dm_remap.order import Order
 from dm_remap.planner import plan_present
 from dm_remap.request import Request
 from dm_remap.salvage import Patience

@@ -21,7 +21,7 @@ from typing import Any
 import pytest
 from ansible.module_utils.testing import patch_module_args
 
-from dm_remap.assembly import Order, Report, assemble, choose
+from dm_remap.assembly import Report, assemble
 from dm_remap.blockdev import DeviceInfo
 from dm_remap.copies import survey
 from dm_remap.discovery import Found, Host
@@ -29,6 +29,7 @@ from dm_remap.engine import Engine
 from dm_remap.errors import DmRemapError, Refused
 from dm_remap.fingerprint import of_info
 from dm_remap.format import Metadata, geometry_of, pack_slot, slot_sectors_of, spare_uuid_of
+from dm_remap.order import Order, choose
 from dm_remap.plan_removal import plan_absent
 from dm_remap.planner import plan_present
 from dm_remap.replacing import Pace

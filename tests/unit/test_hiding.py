@@ -17,10 +17,11 @@ import uuid
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 
-from dm_remap import blockdev, first_look, hiding
+from dm_remap import blockdev, discovery, first_look, hiding
 from dm_remap.blockdev import DeviceInfo, Use, announce, doubt_about, info_in_event, is_held
 from dm_remap.cli.framework import Host, run
 from dm_remap.cli.programs import PROGRAMS
@@ -465,25 +466,13 @@ def test_a_mounted_btrfs_uses_its_device(tmp_path: Path, monkeypatch: pytest.Mon
 # The command
 
 
-class FakeEngine:
-    """A host whose devices are given."""
-
-    def __init__(self, *found: Found) -> None:
-        self._found = found
-
-    def discover(self) -> DiscoveryHost:
-        return DiscoveryHost(self._found)
-
-    def check_host(self) -> None:
-        """Nothing is missing."""
-
-
 def run_hidden(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *found: Found) -> tuple[int, Any]:
     monkeypatch.setattr(os, "geteuid", lambda: 0)
     Mains(str(tmp_path / "mains")).set(KNOWN)
+    monkeypatch.setattr(discovery, "observe", lambda *_sources: DiscoveryHost(found))
     out = io.StringIO()
     host = Host(
-        engine=lambda _progress: FakeEngine(*found),  # type: ignore[arg-type,return-value]
+        mapper=Mock(),
         mains=[str(tmp_path / "mains")],
         stdout=out,
         stderr=io.StringIO(),

@@ -20,6 +20,7 @@ from typing import Any
 import pytest
 
 from tests.lab import Disk, Machine
+from tests.lab.image import INITRAMFS_KEPT
 from tests.vm.deployment import deploy
 from tests.vm.playing import ModuleRunner, Step
 
@@ -27,7 +28,8 @@ UUID = "3c5e4f70-8f0e-4cf5-9ec7-2f0d0b6c3a41"
 PLACE = "/srv/data"
 BUSES = ("virtio", "scsi", "nvme", "ide")
 SIZES = {"main": "64M", "spare0": "64M", "spare1": "96M", "bystander": "64M"}
-FSTAB = f"UUID={UUID} {PLACE} ext4 nofail,x-systemd.device-timeout=600 0 0\n"
+FSTAB_ROOT = "LABEL=lab-root / ext4 rw,noatime 0 0\n"
+FSTAB = FSTAB_ROOT + f"UUID={UUID} {PLACE} ext4 nofail,x-systemd.device-timeout=600 0 0\n"
 BYSTANDER = "7d1f1c1e-13f4-4a39-8f8e-0d2b8c0a5b11"
 # More than an emulated guest needs to see all of its disks.
 PATIENT = "assemble: {timeout: 300}\ntargets: []\n"
@@ -178,7 +180,7 @@ def make_target(host: Host) -> None:
     ranges = [{"start": start, "count": 1} for start in (0, 128, 4096, 40000, 90000)]
     done = runner.run(Step("remap", "sectors", {"name": "data", "ranges": ranges}))
     assert not done["remap"].get("failed"), done
-    host.machine.write_file("/etc/fstab", "LABEL=lab-root / ext4 rw,noatime 0 0\n" + FSTAB)
+    host.machine.write_file("/etc/fstab", FSTAB)
     host.configure(PATIENT)
     host.sh(f"mkdir -p {PLACE} && systemctl daemon-reload && mount {PLACE}")
     host.mark("first")
@@ -258,6 +260,8 @@ def test_a_removed_target_shows_its_main(host: Host) -> None:
 @pytest.mark.soak
 def test_a_volume_group_on_a_target_is_activated_and_mounted(host: Host) -> None:
     """Runs after the removal, because it makes the target anew."""
+    # A virtio disk has a serial number only, which is the same on all buses.
+    host.boot(list(SIZES), dict.fromkeys(SIZES, "virtio"))
     runner = ModuleRunner(host.machine)
     host.sh(f"wipefs -q -a {host.path('main')}")
     spares = [host.path("spare0"), host.path("spare1")]
@@ -282,3 +286,28 @@ def test_a_volume_group_on_a_target_is_activated_and_mounted(host: Host) -> None
         host.check_hidden("main", "spare0", "spare1")
         assert host.sh("pvs --noheadings -o pv_name 2>&1").split() == ["/dev/mapper/data"]
         host.sh("lvextend -q -L +4M group/volume")
+
+
+@pytest.mark.soak
+def test_an_initial_ram_disk_activates_no_volume_group_of_a_target(
+    host: Host, tmp_path: Path
+) -> None:
+    """Runs after the volume group was made. Without what the role adds, it stands on the main."""
+    host.sh(f"cp -a {INITRAMFS_KEPT}/. /usr/share/initramfs-tools")
+    for name, mode in (("open", "-x"), ("closed", "+x")):
+        host.sh(f"chmod {mode} /etc/initramfs-tools/hooks/dm-remap && mkinitramfs -o /root/{name}")
+        host.machine.get(f"/root/{name}", tmp_path / name)
+    # Nothing is to be written there.
+    host.machine.write_file("/etc/fstab", FSTAB_ROOT)
+    buses = dict.fromkeys(SIZES, "virtio")
+    host.machine.initrd = tmp_path / "open"
+    host.boot(list(SIZES), buses)
+    below = host.sh("dmsetup deps -o devname group-volume")
+    assert f"({host.node('main').removeprefix('/dev/')})" in below
+    host.machine.write_file("/etc/fstab", FSTAB)
+    host.machine.initrd = tmp_path / "closed"
+    host.boot(list(SIZES), buses)
+    host.wait_for_mount()
+    assert host.sh(f"cat {PLACE}/volume") == host.marks["volume"]
+    host.check_hidden("main", "spare0", "spare1")
+    assert host.sh("pvs --noheadings -o pv_name 2>&1").split() == ["/dev/mapper/data"]

@@ -19,13 +19,16 @@ import sys
 import syslog
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import IO, Any, Callable, NoReturn
+from typing import IO, TYPE_CHECKING, Any, Callable, NoReturn
 
-from .. import backups, configuration
-from ..engine import Engine
+from .. import backups, blockdev, discovery
+from ..devmapper import DeviceMapper
 from ..errors import DmRemapError, Refused
 from ..first_look import FOLDERS
 from .text import clean
+
+if TYPE_CHECKING:
+    from ..engine import Engine
 
 # Version of what --json prints: it rises when a key changes its meaning or goes away.
 SCHEMA = 1
@@ -84,6 +87,8 @@ class Host:
 
     Args:
         engine: makes the engine, with a function that takes sentences about what begins.
+        mapper: makes device-mapper.
+        blocks: block devices.
         backup_dir: folder of the metadata backups.
         journal: the daemon's journal.
         mains: folders of the mains that are known.
@@ -94,6 +99,8 @@ class Host:
     def __init__(
         self,
         engine: Callable[[Callable[[str], None]], Engine] | None = None,
+        mapper: Callable[[], discovery.Tables] = DeviceMapper,
+        blocks: Any = blockdev,
         backup_dir: str = backups.FOLDER,
         journal: str = JOURNAL,
         mains: Sequence[str] = FOLDERS,
@@ -102,7 +109,9 @@ class Host:
         stdout: IO[str] | None = None,
         stderr: IO[str] | None = None,
     ) -> None:
-        self._make_engine = engine or (lambda progress: Engine(guard=True, progress=progress))
+        self._make_engine = engine or _engine
+        self._mapper = mapper
+        self._blocks = blocks
         self.backups = backups.Backups(backup_dir)
         self.journal = journal
         self.mains = mains
@@ -122,6 +131,23 @@ class Host:
         engine = self._make_engine(self._progress)
         engine.check_host()
         return engine
+
+    def look(self) -> discovery.Host:
+        """Look at all devices of the host, and at what it knows of its targets.
+
+        Raises:
+            DmRemapError: not root, or there is no device-mapper.
+        """
+        self.check_root()
+        return discovery.observe(self._blocks, self._mapper(), self.backups)
+
+    def devno_of(self, path: str) -> str:
+        """Device number of a path.
+
+        Raises:
+            Refused: there is no such device.
+        """
+        return str(self._blocks.describe(path).devno)
 
     def check_root(self) -> None:
         """Refuse everybody but root, before a library can fail with a message of its own."""
@@ -152,6 +178,13 @@ class Host:
         self.stderr.flush()
         if self.stdin.readline().strip().lower() not in ("y", "yes"):
             raise Refused("was not confirmed, so nothing was written", remedy="give --yes")
+
+
+def _engine(progress: Callable[[str], None]) -> Engine:
+    # To look at the host, nothing of it is needed, and it takes longer to import than to look.
+    from ..engine import Engine
+
+    return Engine(guard=True, progress=progress)
 
 
 def _no_arguments(parser: argparse.ArgumentParser) -> None:
@@ -374,8 +407,9 @@ def _print_error(host: Host, name: str, as_json: bool, error: DmRemapError, code
         "device": error.device,
         "remedy": error.remedy,
     }
-    if isinstance(error, configuration.BadConfiguration):
-        found["faults"] = [vars(fault) for fault in error.faults]
+    # A faulty configuration has several.
+    if faults := getattr(error, "faults", None):
+        found["faults"] = [vars(fault) for fault in faults]
     _print_json(host, {"error": found}, code)
     host.stdout.flush()
 

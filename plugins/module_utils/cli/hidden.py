@@ -34,7 +34,7 @@ def hidden(host: Host, _options: argparse.Namespace) -> Result:
 def _devices(host: Host) -> Iterator[dict[str, Any]]:
     known = [known for folder in host.mains for known in Mains(folder).all()]
     names = {str(one.target): one.name for one in known}
-    scanned = host.engine().discover()
+    scanned = host.look()
     for info, role in roles_of([(device.info, device.carries) for device in scanned.found], known):
         if role.kind or info.hidden:
             yield {

@@ -5,29 +5,39 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import sys
+from collections.abc import Iterator, Mapping
 from io import TextIOWrapper
 
-from ..backups import FOLDER
-from . import assemble, hidden, metadata, scan, targets, validate
-from .framework import JOURNAL, Program, run
+from .framework import Program, run
 
-DM_REMAP = Program(
-    name="dm-remap",
-    help="Look at targets, remap sectors, and look after their metadata",
-    commands=(*targets.COMMANDS, scan.COMMAND, *hidden.COMMANDS, *metadata.COMMANDS),
-    groups={"metadata": "Dump, check, repair and restore the copies of the metadata on spares"},
-    files={
-        FOLDER: "this host's backups of its targets' metadata",
-        JOURNAL: "the daemon's journal of events",
-    },
-)
-
-PROGRAMS = {
-    program.name: program
-    for program in (DM_REMAP, validate.PROGRAM, assemble.DISCOVER, assemble.REASSEMBLE)
+_DAILY = "dm-remap"
+_MODULES = {
+    _DAILY: "daily",
+    "dm-remap-validate": "validate",
+    "dm-remap-discover": "discover",
+    "dm-remap-reassemble": "reassemble",
 }
+
+
+class _Programs(Mapping[str, Program]):
+    """The programs by their names; only one that is asked for is imported."""
+
+    def __getitem__(self, name: str) -> Program:
+        module = importlib.import_module(f".{_MODULES[name]}", __package__)
+        program: Program = module.PROGRAM
+        return program
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(_MODULES)
+
+    def __len__(self) -> int:
+        return len(_MODULES)
+
+
+PROGRAMS = _Programs()
 
 
 def main() -> int:
@@ -36,4 +46,5 @@ def main() -> int:
         # A name that the terminal's encoding lacks must not end the program.
         if isinstance(stream, TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
-    return run(PROGRAMS.get(os.path.basename(sys.argv[0]), DM_REMAP), sys.argv[1:])
+    name = os.path.basename(sys.argv[0])
+    return run(PROGRAMS[name if name in PROGRAMS else _DAILY], sys.argv[1:])
