@@ -1,14 +1,17 @@
 # Copyright: dm_remap.storage contributors
 # GNU General Public License v3.0+ (see LICENSES/GPL-3.0-or-later.txt or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""Run the benchmarks in a virtual machine: ``python -m benchmarks``."""
+"""Run the benchmarks: ``python -m benchmarks``; all but one part in a virtual machine."""
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import statistics
+import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +19,7 @@ from tests.lab import Disk, Machine
 from tests.vm.guest import PLACE, Guest
 
 Row = tuple[str, list[float], float]
-PARTS = ("measure", "stack", "discovery")
+PARTS = ("measure", "stack", "discovery", "here")
 LATENCIES = ("0", "100 us", "5 ms")
 REMAPS = 10_000
 SPARES = 64
@@ -42,14 +45,24 @@ def main() -> int:
     arguments = parser.parse_args()
     parts = set(arguments.only or PARTS)
     found: dict[str, Any] = {}
-    if parts - {"discovery"}:
+    if parts - {"discovery", "here"}:
         found |= measure_target(arguments, parts)
     if "discovery" in parts:
         found["discovery"] = measure_discovery(arguments)
+    if "here" in parts:
+        if os.geteuid() == 0 and os.path.exists("/dev/loop-control"):
+            found["here"] = measure_here(arguments)
+        else:
+            print("not measured: an inventory on this machine, which needs root and loop devices")
     if arguments.json:
         print(json.dumps(found))
         return 0
-    reports = {"measure": report, "stack": report_stack, "discovery": report_discovery}
+    reports = {
+        "measure": report,
+        "stack": report_stack,
+        "discovery": report_discovery,
+        "here": report_here,
+    }
     for name, lines in reports.items():
         if name in found:
             print("\n".join(lines(found[name])))
@@ -103,6 +116,22 @@ def measure_discovery(arguments: argparse.Namespace) -> dict[str, Any]:
                 rounds=max(3, arguments.rounds // 4),
             )
         )
+
+
+def measure_here(arguments: argparse.Namespace) -> dict[str, Any]:
+    """What an inventory costs on this machine's own processor."""
+    with tempfile.TemporaryDirectory() as folder:
+        os.symlink(CORE, f"{folder}/dm_remap")
+        done = subprocess.run(
+            [
+                *(sys.executable, "-m", "benchmarks.here"),
+                *map(str, (TARGETS, SPARES // TARGETS, max(3, arguments.rounds // 2))),
+            ],
+            check=True,
+            stdout=subprocess.PIPE,
+            env={**os.environ, "PYTHONPATH": f"{folder}:{CORE.parents[1]}"},
+        )
+    return dict(json.loads(done.stdout))
 
 
 def put_program(machine: Machine, name: str) -> None:
@@ -191,6 +220,25 @@ def report_discovery(found: dict[str, Any]) -> list[str]:
         ],
     )
     return lines
+
+
+def report_here(found: dict[str, Any]) -> list[str]:
+    """The table of an inventory on this machine, as lines."""
+    times = dict(found["times"])
+    scan, start = times.pop("scan"), times.pop("start")
+    both = [sum(pair) for pair in zip(scan, start)]
+    whole = statistics.median(both)
+    return table(
+        f"This machine, Linux {found['kernel']}, {found['spares']} spares on loop devices, in ms "
+        "(ratio to the first)",
+        [
+            ("dm-remap-discover, start and scan", both, whole),
+            ("start", start, whole),
+            ("scan", scan, whole),
+            ("a Python that does nothing", times.pop("python"), whole),
+            *((name, taken, whole) for name, taken in times.items()),
+        ],
+    )
 
 
 def table(title: str, rows: list[Row]) -> list[str]:
