@@ -223,12 +223,13 @@ def report_discovery(found: dict[str, Any]) -> list[str]:
 
 
 def report_here(found: dict[str, Any]) -> list[str]:
-    """The table of an inventory on this machine, as lines."""
+    """The tables of an inventory and of a healing on this machine, as lines."""
     times = dict(found["times"])
     scan, start = times.pop("scan"), times.pop("start")
     both = [sum(pair) for pair in zip(scan, start)]
     whole = statistics.median(both)
-    return table(
+    healing = times.pop("healing")
+    lines = table(
         f"This machine, Linux {found['kernel']}, {found['spares']} spares on loop devices, in ms "
         "(ratio to the first)",
         [
@@ -238,6 +239,10 @@ def report_here(found: dict[str, Any]) -> list[str]:
             ("a Python that does nothing", times.pop("python"), whole),
             *((name, taken, whole) for name, taken in times.items()),
         ],
+    )
+    return lines + table(
+        "A healing, the processor's time, in ms (ratio to the median)",
+        [("from a failed read to its data", healing, statistics.median(healing))],
     )
 
 
