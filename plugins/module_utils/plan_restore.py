@@ -128,7 +128,7 @@ def plan_restore(
             {
                 "uuid": str(new_uuid()),
                 "geometry": geometry.to_dict(),
-                **replacement.identity_of(candidate.info),
+                **replacement.recorded(candidate.info, hardware_only=True),
             }
         ]
         spares[index] = candidate.info

@@ -23,6 +23,7 @@ from dm_remap.backups import Backups
 from dm_remap.copies import SplitBrain
 from dm_remap.engine import Engine
 from dm_remap.errors import DmRemapError, Refused
+from dm_remap.fingerprint import of_entry
 from dm_remap.format import MAX_HISTORY, Extent, geometry_of, minimum_spare_sectors, slot_sectors_of
 from dm_remap.plan import Plan
 from dm_remap.plan_removal import plan_absent
@@ -684,6 +685,14 @@ def test_all_spares_are_lost_and_a_new_one_carries_the_metadata(
     scene.kernel.cut_power(scene.kernel.volatile())
     away = [scene.kernel.disks.pop(path) for path in paths_of(range(3))]
     scene.kernel.add_disk("new", minimum_spare_sectors(CHUNK, 1) + 8192).devno = "8:240"
+    engine = scene.engine()
+    request = RestoreRequest(NAME, "/dev/main", ("/dev/new",), True)
+    seen = engine.see_restore(request, engine.backup_of(NAME))
+    (one,) = seen.candidates
+    volume = replace(seen, candidates=(replace(one, info=replace(one.info, volume="LVM-1")),))
+    planned = plan_restore(request, volume).metadata
+    assert planned
+    assert of_entry(planned.config["spares"][3]).volume == "LVM-1"
     plan = restore(scene, ["/dev/new"])
     assert kinds(plan) == ["format_spare", "restore_metadata"]
     new = replace(scene, request=replace(scene.request, spares=("/dev/new",), degraded=True))
