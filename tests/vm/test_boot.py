@@ -261,6 +261,7 @@ def test_a_removed_target_shows_its_main(host: Host) -> None:
 def test_a_volume_group_on_a_target_is_activated_and_mounted(host: Host) -> None:
     """Runs after the removal, because it makes the target anew."""
     # A virtio disk has a serial number only, which is the same on all buses.
+    host.machine.write_file("/etc/fstab", FSTAB_ROOT)
     host.boot(list(SIZES), dict.fromkeys(SIZES, "virtio"))
     runner = ModuleRunner(host.machine)
     host.sh(f"wipefs -q -a {host.path('main')}")
@@ -272,7 +273,8 @@ def test_a_volume_group_on_a_target_is_activated_and_mounted(host: Host) -> None
     host.sh(f"lvcreate -q -y -L 32M -n volume group && mkfs.ext4 -q -U {UUID} /dev/group/volume")
     host.configure(PATIENT)
     host.marks.clear()
-    host.sh(f"mount {PLACE}")
+    host.machine.write_file("/etc/fstab", FSTAB)
+    host.sh(f"systemctl daemon-reload && mount {PLACE}")
     # Where the group's own label and the volume's superblock are, so that the main's are old.
     ranges = [{"start": start, "count": 1} for start in (0, 2050, 4096)]
     done = runner.run(Step("remap", "sectors", {"name": "data", "ranges": ranges}))
