@@ -48,6 +48,7 @@ from .plan_upkeep import plan_upkeep
 from .salvage import Patience
 from .stacking import Stacker, dm_uuid
 from .target import HOLD, RAID_SHIM, ActiveTarget, configured, map_table, sectors_on, shim_of
+from .tracing import REFLEX_INSTANCE, TraceInstance
 
 _KERNEL_TARGETS = ("integrity", "delay", "multipath")
 
@@ -67,6 +68,7 @@ class Engine(Observer):
         backup_dir: folder of the metadata backups.
         guard: while I/O is frozen, keep a second process that ends the freeze if this one is
             killed. Only for processes with one thread.
+        errors: lines of the healer's trace that it has not taken out.
     """
 
     def __init__(
@@ -78,6 +80,7 @@ class Engine(Observer):
         lock_dir: str = LOCK_DIR,
         backup_dir: str = backups.FOLDER,
         guard: bool = False,
+        errors: Callable[[], Sequence[str]] | None = None,
     ) -> None:
         mapper = mapper or DeviceMapper()
         super().__init__(mapper, blocks, Locks(lock_dir), backups.Backups(backup_dir))
@@ -88,7 +91,15 @@ class Engine(Observer):
         self._stack = Stacker(mapper, self, self._freezer, step)
         self._committer = Committer(blocks, self._opener, self.backup, step, progress)
         self._guard = Guard(mapper, self, self._freezer, self._committer, guard)
-        self._hold = Hold(mapper, self, self._freezer, self._stack, self._guard, step)
+        self._hold = Hold(
+            mapper,
+            self,
+            self._freezer,
+            self._stack,
+            self._guard,
+            step,
+            errors or TraceInstance(name=REFLEX_INSTANCE).peek,
+        )
         self._placer = Placer(mapper, step)
         self._mover = Mover(
             mapper,
@@ -367,7 +378,7 @@ class Engine(Observer):
         self._hold.pass_errors(self.require(plan.name))
 
     def _do_restore_hold(self, plan: Plan, action: Action) -> None:
-        self._hold.release(self.require(plan.name))
+        self._hold.release_unless_flushed(self.require(plan.name))
 
     def _do_cut_off(self, plan: Plan, action: Action) -> None:
         self._hold.cut_off(self.require(plan.name))

@@ -26,9 +26,9 @@ from .engine import Engine
 from .errors import DmRemapError
 from .format import Metadata
 from .memory import lock_memory
-from .reflex import INSTANCE, Reflex, Reports, wake_up
+from .reflex import Reflex, Reports, wake_up
 from .service import HEALER_SOCKET, notify
-from .tracing import TraceInstance
+from .tracing import REFLEX_INSTANCE, TraceInstance
 
 # Any real-time priority is above all that has none.
 _PRIORITY = 10
@@ -151,7 +151,7 @@ def main() -> int:
             reports = Reports()
             ReportServer(reports)
             _come_first()
-            reflex = Reflex(engine, TraceInstance(name=INSTANCE), reports.add)
+            reflex = Reflex(engine, TraceInstance(name=REFLEX_INSTANCE), reports.add)
             reflex.run(stop, lambda: notify("READY=1"))
         except DmRemapError as error:
             log.critical("%s", error)

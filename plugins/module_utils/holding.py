@@ -19,6 +19,7 @@ from .guarding import Guard
 from .observing import Observer
 from .stacking import Stacker
 from .target import ActiveTarget
+from .tracing import FLUSH, Parser
 
 # How long the kernel is given to let held I/O fail.
 FAILING_SECONDS = 1.0
@@ -34,6 +35,7 @@ class Hold:
         stack: creates and removes mapped devices.
         guard: ends interrupted freezes.
         step: called with a name after each step that a crash could follow.
+        errors: lines of the healer's trace that it has not taken out.
     """
 
     def __init__(
@@ -44,6 +46,7 @@ class Hold:
         stack: Stacker,
         guard: Guard,
         step: Callable[[str], None],
+        errors: Callable[[], Sequence[str]],
     ) -> None:
         self._mapper = mapper
         self._observer = observer
@@ -51,6 +54,7 @@ class Hold:
         self._stack = stack
         self._guard = guard
         self._step = step
+        self._errors = errors
 
     def release(self, target: ActiveTarget) -> None:
         """Let held I/O go on, and hold what fails from now on."""
@@ -60,6 +64,20 @@ class Hold:
         # The kernel's fail-safe takes the first away, and only the second starts what waits.
         self._mapper.message(hold, "queue_if_no_path")
         self._mapper.message(hold, f"reinstate_path {target.path.devno}")
+
+    def release_unless_flushed(self, target: ActiveTarget) -> None:
+        """Let held I/O go on, but let it fail if a flush is among it that no healer has dealt with.
+
+        The disk may have dropped what it had acknowledged, and a second flush would not tell.
+        """
+        mains = [info for info in (target.main, target.replacement) if info]
+        disks = {devno for info in mains for devno in (info.disk, info.devno)}
+        errors, _lost = Parser().split(self._errors())
+        failed = any(error.operation == FLUSH and error.devno in disks for error in errors)
+        if target.path and failed and not self._observer.path_of(target.name).active:
+            self.fail_held(target)
+        else:
+            self.release(target)
 
     def fail_held(self, target: ActiveTarget) -> None:
         """Let all I/O that waits fail, and hold what fails from now on.

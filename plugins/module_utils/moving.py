@@ -107,7 +107,7 @@ class Mover:
             if release:
                 release()
             else:
-                self._hold.release(target)
+                self._hold.release_unless_flushed(target)
             carried = self._carry(target, disks, chunks, patience, wanted, route, attempted)
             self._freezer.thaw(target, carried.metadata, chunks, events)
         except BaseException:
@@ -160,7 +160,7 @@ class Mover:
         if release:
             release()
         else:
-            self._hold.release(target)
+            self._hold.release_unless_flushed(target)
         return replace(carried, pause_seconds=time.monotonic() - begun)
 
     def _carry(

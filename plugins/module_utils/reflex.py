@@ -35,8 +35,6 @@ from .salvage import Patience, Salvage, Unfinished
 from .target import ActiveTarget, degradation
 from .tracing import FLUSH, READ, WHOLESALE, BlockError, Lost, Parser, TraceInstance
 
-INSTANCE = "dm_remap_reflex"
-
 # A path that was reinstated too early fails again without a new error (see `Reflex.look_after`).
 _RESTLESS_SECONDS = 0.02
 _TICK_SECONDS = 1.0

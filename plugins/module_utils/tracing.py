@@ -20,6 +20,8 @@ from .errors import MissingKernelFeature
 
 TRACEFS = "/sys/kernel/tracing"
 INSTANCE = "dm_remap"
+# Each reader takes out what it reads, so the healer has one of its own.
+REFLEX_INSTANCE = "dm_remap_reflex"
 BUFFER_KIB_PER_CPU = 1408
 _READ_BYTES = 1 << 16
 
@@ -258,6 +260,14 @@ class TraceInstance:
         lines = (self._rest + data).split(b"\n")
         self._rest = lines.pop()
         return [line.decode("ascii", "replace") for line in lines]
+
+    def peek(self) -> list[str]:
+        """Return all lines that no reader has taken out yet, and leave them; none without it."""
+        try:
+            lines = self._read("trace").splitlines()
+        except OSError:
+            return []
+        return [line for line in lines if not line.startswith("#")]
 
     def overruns(self) -> int:
         """Return how many entries all buffers have overwritten or dropped since they exist."""

@@ -137,6 +137,7 @@ class Scene:
             step=step,
             lock_dir=str(self.folder / "locks"),
             backup_dir=str(self.folder / "backup"),
+            errors=lambda: self.kernel.trace,
         )
 
     def spoil(self, *sectors: int, failures: int | None = None) -> None:

@@ -19,8 +19,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dm_remap import copies, memory
-from dm_remap import reflex as reflex_module
+from dm_remap import copies, memory, tracing
 from dm_remap.engine import Engine
 from dm_remap.errors import DmRemapError
 from dm_remap.format import geometry_of
@@ -854,6 +853,32 @@ def test_a_flush_that_failed_before_the_reflex_began(target: Scene) -> None:
     assert number in target.kernel.failed
 
 
+@pytest.mark.parametrize("others", [[], ["8,160"]], ids=["", "beside another disk's"])
+@pytest.mark.parametrize("seen", [False, True], ids=["nobody saw it", "a healer saw it"])
+@pytest.mark.parametrize("failing", ["read", "flush", "both"])
+def test_a_task_heals_while_no_healer_runs(
+    target: Scene, failing: str, seen: bool, others: list[str]
+) -> None:
+    """A flush that failed is in the trace that the healer left, and is not tried again."""
+    kernel, numbers = target.kernel, []
+    target.spoil(41, failures=3)
+    if failing != "flush":
+        numbers.append(kernel.submit_read(NAME, 41, 1))
+    if failing != "read":
+        numbers.append(fail_flush(target, in_flight=True))
+    if seen:
+        kernel.trace.clear()
+    kernel.trace += [f" x-1 [0] .. 1.0: block_rq_error: {disk} FF () 0 + 0 [-5]" for disk in others]
+    assert not kernel.completed.union(kernel.failed).intersection(numbers)
+    target.remap((41, 1))
+    lost = failing != "read" and not seen
+    assert kernel.failed.intersection(numbers) == (set(numbers) if lost else set())
+    assert lost or kernel.completed.issuperset(numbers)
+    path = target.engine().path_of(NAME)
+    assert path.active
+    assert path.queueing
+
+
 def fail_flush(scene: Scene, in_flight: bool) -> int:
     """An application's flush that fails now; ``in_flight`` for one that had begun long before."""
     kernel, path = scene.kernel, scene.kernel.mapped[HOLD].live.multipath
@@ -1250,4 +1275,4 @@ def test_the_reflex_runs_until_it_is_told_to_stop(target: Scene) -> None:
     assert all(seen)
     assert not target.engine().healer_runs()
     assert all(not device.handles for device in target.kernel.mapped.values())
-    assert reflex_module.INSTANCE != "dm_remap", "each reader of a trace needs its own"
+    assert tracing.REFLEX_INSTANCE != tracing.INSTANCE, "each reader of a trace needs its own"

@@ -287,6 +287,15 @@ def test_lines_are_read_whole(tracefs):
     trace.close()
 
 
+def test_lines_can_be_looked_at_without_taking_them_out(tracefs):
+    instance = TraceInstance(str(tracefs))
+    assert instance.peek() == []
+    instance.open()
+    (tracefs / "instances" / "dm_remap" / "trace").write_text("# tracer: nop\n#\n one\n two\n")
+    assert instance.peek() == [" one", " two"]
+    assert instance.peek() == [" one", " two"]
+
+
 def test_overruns_of_all_processors_are_added_up(tracefs):
     assert TraceInstance(str(tracefs)).overruns() == 10
 

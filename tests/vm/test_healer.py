@@ -293,6 +293,29 @@ def test_a_flush_that_fails_reaches_the_application(guest: Guest, shim: str) -> 
 
 
 @pytest.mark.soak
+@pytest.mark.parametrize(("op", "result"), [("read", "ok"), ("flush", "EIO")])
+def test_a_task_heals_what_waits_while_no_healer_runs(guest: Guest, op: str, result: str) -> None:
+    """A flush that failed meanwhile is in the trace that the healer left, and is not repeated."""
+    guest.create("main")
+    guest.lab.run(["systemctl", "stop", "dm-remap-healer"])
+    sectors = [(1288, 8)] if op == "read" else None
+    guest.lab.disk("main").fail(sectors, op=op, times=1)
+    operation = ("direct read", 1280, 64, 0) if op == "read" else ("direct write", 0, 8, 1)
+    guest.lab.write_file("/root/operations", json.dumps([operation]))
+    guest.lab.run(
+        ["sh", "-c", "python3 /root/application.py $0 </root/operations >/root/result 2>&1 &"]
+        + [guest.path]
+    )
+    guest.lab.run(
+        ["sh", "-c", "until dmsetup status $0-hold | grep -q ' F '; do :; done"] + [guest.name]
+    )
+    guest.script("remap", "1288")
+    guest.lab.run(["sh", "-c", "until grep -q . /root/result; do :; done"])
+    assert json.loads(guest.lab.run(["cat", "/root/result"]).stdout) == [result]
+    assert guest.do("direct read", 1280, 64) == "ok"
+
+
+@pytest.mark.soak
 def test_a_healer_killed_in_the_middle_goes_on(guest: Guest) -> None:
     disk = guest.lab.disk("main")
     guest.create("main")
