@@ -295,7 +295,7 @@ def test_an_initial_ram_disk_activates_no_volume_group_of_a_target(
     host: Host, tmp_path: Path
 ) -> None:
     """Runs after the volume group was made. Without what the role adds, it stands on the main."""
-    host.sh(f"cp -a {INITRAMFS_KEPT}/. /usr/share/initramfs-tools")
+    host.sh(f"cp -a {INITRAMFS_KEPT}/. /usr/share")
     for name, mode in (("open", "-x"), ("closed", "+x")):
         host.sh(f"chmod {mode} /etc/initramfs-tools/hooks/dm-remap && mkinitramfs -o /root/{name}")
         host.machine.get(f"/root/{name}", tmp_path / name)
