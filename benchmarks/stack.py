@@ -1,7 +1,9 @@
 # Copyright: dm_remap.storage contributors
 # GNU General Public License v3.0+ (see LICENSES/GPL-3.0-or-later.txt or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""Runs in the guest: I/O through each form of a target against the bare disk; JSON in, JSON out.
+"""Runs in the guest: I/O through each form of a target against the bare disk.
+
+JSON in; out a line of JSON for each form at each latency, and the kernel's release at the end.
 
 Main and spare are null_blk devices with a completion time of their own, so that the cost of the
 stack is seen at the latencies of real disks.
@@ -49,12 +51,12 @@ def main() -> None:
         subprocess.run(["mount", "-t", "configfs", "configfs", configfs], check=True)
     engine = Engine()
     engine.check_host()
-    found: dict[str, Any] = {"kernel": os.uname().release, "latencies": {}}
     for label in given["latencies"]:
         nanoseconds = LATENCIES[label]
         with disk("main", nanoseconds) as main_path, disk("spare", nanoseconds) as spare:
-            found["latencies"][label] = measure(engine, main_path, spare, given)
-    json.dump(found, sys.stdout)
+            for form, results in measure(engine, main_path, spare, given):
+                print(json.dumps([label, form, results]), flush=True)
+    print(json.dumps(os.uname().release))
 
 
 @contextmanager
@@ -82,9 +84,8 @@ def disk(name: str, nanoseconds: int) -> Iterator[str]:
 
 def measure(
     engine: Engine, main_path: str, spare: str, given: dict[str, Any]
-) -> dict[str, dict[str, list[float]]]:
-    """Operations a second of each load on each form, in turns, so that all share the weather."""
-    found: dict[str, dict[str, list[float]]] = {}
+) -> Iterator[tuple[str, dict[str, list[float]]]]:
+    """Operations a second of each load on each form, as ratios to the bare disk."""
     for form, options, remaps in (
         ("linear", None, 0),
         ("fail", {"on_error": "fail"}, 0),
@@ -94,7 +95,7 @@ def measure(
         ("hold, shim", {"on_error": "hold", "shim": "raid"}, 0),
     ):
         with standing(engine, main_path, spare, options, remaps) as path:
-            results = found.setdefault(form, {})
+            results: dict[str, list[float]] = {}
             for _turn in range(given["rounds"]):
                 for job in LOADS:
                     label = f"{job[0]} {job[1]}"
@@ -102,7 +103,7 @@ def measure(
                     raw = run(main_path, job, given["seconds"])
                     through = run(path, job, given["seconds"])
                     results.setdefault(label, []).append(through / raw)
-    return found
+            yield form, results
 
 
 @contextmanager
