@@ -44,6 +44,8 @@ _LINE = re.compile(
     r"(?:[^\s,]+,\d+,\d+ )?"  # the I/O priority that 6.12's request events add
     r"\[(?P<error>-?\d+)\]\s*$"
 )
+# From here on the kernel's unsigned number is below 0.
+_NEGATIVE = 1 << 63
 _LOST = re.compile(r"^CPU:\d+ \[LOST (?P<count>\d+) EVENTS\]")
 _STATISTIC = re.compile(r"^(overrun|dropped events): (\d+)$", re.MULTILINE)
 
@@ -101,11 +103,13 @@ def parse_line(line: str) -> BlockError | Lost | None:
         return None
     if operation in WHOLESALE and error == errno.EOPNOTSUPP:
         return None  # an answer rather than a failure
+    sector = int(found["sector"])
     return BlockError(
         request=found["event"] != "block_bio_complete",
         devno=f"{found['major']}:{found['minor']}",
         operation=operation,
-        sector=int(found["sector"]),
+        # dm-linear sends a flush to before its device if its segment does not begin at sector 0.
+        sector=sector if sector < _NEGATIVE else 0,
         count=count,
         errno=error,
         readahead=readahead,

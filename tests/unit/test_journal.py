@@ -24,7 +24,7 @@ from dm_remap.errors import DmRemapError
 from dm_remap.events import Draft, Origin
 from dm_remap.journal import DamagedJournal, Journal, move_aside
 from dm_remap.journal import failure as failed
-from dm_remap.tracing import BlockError
+from dm_remap.tracing import BlockError, parse_line
 
 ORIGIN = Origin("db1", uuid.UUID(int=7), "boot-a")
 ROOT = Path(__file__).resolve().parents[2]
@@ -157,7 +157,7 @@ sys.modules["dm_remap"] = package
 spec.loader.exec_module(package)
 from dm_remap.events import Draft, Origin
 from dm_remap.journal import Journal
-from dm_remap.tracing import BlockError
+from dm_remap.tracing import BlockError, parse_line
 journal = Journal(path, Origin("db1", uuid.UUID(int=7), "boot-a"))
 journal.observe([BlockError(True, "8:16", "read", 8, 8, 5, False)])
 journal.append([Draft("sector_error", "text")])
@@ -316,6 +316,16 @@ def test_few_observations_stand_for_the_same_sectors_and_every_request(batches, 
             assert known <= seen
             if not unplaced:
                 assert known == seen
+
+
+@pytest.mark.parametrize("sector", [0, 1, 131072, (1 << 63) - 1, (1 << 64) - 131072, (1 << 64) - 1])
+def test_every_sector_of_a_flush_can_be_written_down(journal, sector):
+    """A flush comes to before a disk whose table has a segment that does not begin at sector 0."""
+    error = parse_line(f" x-1 [0] ..... 1.0: block_bio_complete: 254,16 FF {sector} + 0 [-5]")
+    assert isinstance(error, BlockError)
+    assert (error.operation, error.sector) == ("flush", sector if sector < 1 << 63 else 0)
+    journal.observe([error])
+    assert [item.error for item in journal.pending()] == [error]
 
 
 def test_flushes_do_not_become_sectors(journal, monkeypatch):

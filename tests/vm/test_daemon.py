@@ -34,9 +34,12 @@ class Guest:
 
     def ask(self, path: str, *options: str) -> tuple[int, str]:
         """Ask the daemon over HTTPS; returns the status and the text."""
-        answer = json.loads(
-            self.lab.run(["python3", "/root/client.py", path, *options], timeout=180).stdout
-        )
+        command = ["python3", "/root/client.py", path, *options]
+        done = self.lab.run(command, check=False, timeout=180)
+        if done.rc:
+            said = self.lab.run("journalctl -u dm-remapd -n 60 -o short-monotonic --no-pager")
+            raise AssertionError(f"{path}: {done.stderr}\n{said.stdout}")
+        answer = json.loads(done.stdout)
         return answer["status"], answer["body"]
 
     def next_events(self) -> list[dict[str, Any]]:
