@@ -33,8 +33,8 @@ def main() -> None:
     """Measure everything; arguments: number of mains, spares for each, rounds."""
     targets, each, rounds = map(int, sys.argv[1:])
     with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as devices:
-        mains = [devices.enter_context(loop(folder, 8)) for _ in range(targets)]
-        spares = [devices.enter_context(loop(folder, 32)) for _ in range(targets * each)]
+        mains = [devices.enter_context(loop(folder, 8)) for _main in range(targets)]
+        spares = [devices.enter_context(loop(folder, 32)) for _spare in range(targets * each)]
         make_targets(mains, spares)
 
         def scan() -> None:

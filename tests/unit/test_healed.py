@@ -323,21 +323,21 @@ def test_a_host_whose_targets_pass_errors_on_needs_no_healer(scene):
 
 
 def test_a_healer_that_dies_while_it_heals_keeps_nothing_waiting(scene):
-    connected = asyncio.Event()
-
-    async def serve(reader, writer):
-        writer.write(b'{"type": "healing", "target": "data"}\n')
-        await reader.readline()
-        connected.set()
-        await asyncio.sleep(0)
-        scene.fail_read(41)
-        await until(lambda: scene.daemon.health()["waiting"])
-        writer.close()
-
     async def main():
+        # The daemon may have found the healer before it is ready.
+        ready = asyncio.get_running_loop().create_future()
+
+        async def serve(reader, writer):
+            writer.write(b'{"type": "healing", "target": "data"}\n')
+            await reader.readline()
+            daemon = await ready
+            scene.fail_read(41)
+            await until(lambda: daemon.health()["waiting"])
+            writer.close()
+
         server = await asyncio.start_unix_server(serve, str(scene.root / "healer.sock"))
         async with scene.running() as daemon:
-            scene.daemon = daemon
+            ready.set_result(daemon)
             event = await scene.next_event(daemon, "sector_error")
         server.close()
         return event
