@@ -130,6 +130,8 @@ def standing(
             scatter(engine, spare, remaps)
         yield f"/dev/mapper/{NAME}"
     finally:
+        # udev looks at what fio has written to.
+        subprocess.run(["udevadm", "settle"], check=True)
         with engine.locked(NAME):
             seen = engine.see(NAME, None, [])
             engine.apply(plan_absent(NAME, seen.target, seen, discard_remaps=True))
