@@ -75,18 +75,23 @@ def main() -> None:
 
 def inventory(everything: list[str], spares: list[str], rounds: int) -> dict[str, list[float]]:
     """All devices, by each of the programs and by the scan itself."""
-
-    def scan() -> None:
-        found = discovery.decide(discovery.scan())
-        if sum(len(target.spares) for target in found.targets) != len(spares):
-            raise RuntimeError("the scan has not found all spares")
-
     looks = {
-        "scan": scan,
+        "scan": scan(len(spares)),
         "dm-remap-discover": run(["dm-remap-discover"], "complete", len(spares) // MAX_SPARES),
         **{name: run(command) for name, command in OTHERS.items()},
     }
     return taken_in_turns(everything, rounds, looks)
+
+
+def scan(spares: int) -> Callable[[], None]:
+    """A look at all devices by the core itself, which must find so many spares."""
+
+    def look() -> None:
+        found = discovery.decide(discovery.scan())
+        if sum(len(target.spares) for target in found.targets) != spares:
+            raise RuntimeError("the scan has not found all spares")
+
+    return look
 
 
 def probes(everything: list[str], path: str, rounds: int) -> dict[str, list[float]]:

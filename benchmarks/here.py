@@ -21,8 +21,8 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from benchmarks.discovery import OTHERS, make_targets, run, taken_in_turns
-from dm_remap import discovery, memory
+from benchmarks.discovery import OTHERS, make_targets, run, scan, taken_in_turns
+from dm_remap import memory
 from tests.unit.test_engine import NAME
 from tests.unit.test_reflex import Healer, held_scene
 
@@ -36,15 +36,9 @@ def main() -> None:
         mains = [devices.enter_context(loop(folder, 8)) for _main in range(targets)]
         spares = [devices.enter_context(loop(folder, 32)) for _spare in range(targets * each)]
         make_targets(mains, spares)
-
-        def scan() -> None:
-            found = discovery.decide(discovery.scan())
-            if sum(len(target.spares) for target in found.targets) != len(spares):
-                raise RuntimeError("the scan has not found all spares")
-
         arguments = repr(["dm-remap-discover", "--help"])
         looks = {
-            "scan": scan,
+            "scan": scan(len(spares)),
             "start": run([sys.executable, "-c", _START.format(arguments)], "usage"),
             "python": run([sys.executable, "-c", "pass"]),
             **{name: run(line) for name, line in OTHERS.items() if shutil.which(line[0])},

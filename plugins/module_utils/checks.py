@@ -98,13 +98,7 @@ def check_spare(candidate: Candidate, main: DeviceInfo, chunk_bytes: int, wipe: 
             device=main.path,
             remedy=f"give a main with blocks of {' or '.join(map(str, LOGICAL_BLOCKS))} bytes",
         )
-    if info.logical_block != main.logical_block:
-        raise Refused(
-            f"has logical blocks of {info.logical_block} bytes, but {main.path} of "
-            f"{main.logical_block}",
-            device=info.path,
-            remedy="give a spare with the main's block size",
-        )
+    check_same_blocks(info, main, "give a spare with the main's block size")
     for device in (main, info):
         if chunk_bytes % device.physical_block:
             raise Refused(
@@ -126,6 +120,17 @@ def check_spare(candidate: Candidate, main: DeviceInfo, chunk_bytes: int, wipe: 
         return plan_geometry(info.sectors, chunk_bytes // SECTOR_BYTES, info.block_sectors)
     except DmRemapError as error:
         raise Refused(error.message, device=info.path, remedy=error.remedy) from error
+
+
+def check_same_blocks(info: DeviceInfo, main: DeviceInfo, remedy: str) -> None:
+    """Refuse a device whose logical blocks are not as large as the main's."""
+    if info.logical_block != main.logical_block:
+        raise Refused(
+            f"has logical blocks of {info.logical_block} bytes, but {main.path} of "
+            f"{main.logical_block}",
+            device=info.path,
+            remedy=remedy,
+        )
 
 
 def check_main_identity(

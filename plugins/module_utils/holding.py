@@ -70,14 +70,17 @@ class Hold:
 
         The disk may have dropped what it had acknowledged, and a second flush would not tell.
         """
-        mains = [info for info in (target.main, target.replacement) if info]
-        disks = {devno for info in mains for devno in (info.disk, info.devno)}
-        errors, _lost = Parser().split(self._errors())
-        failed = any(error.operation == FLUSH and error.devno in disks for error in errors)
-        if target.path and failed and not self._observer.path_of(target.name).active:
+        waits = target.path and not self._observer.path_of(target.name).active
+        if waits and self._flush_failed(target):
             self.fail_held(target)
         else:
             self.release(target)
+
+    def _flush_failed(self, target: ActiveTarget) -> bool:
+        mains = [info for info in (target.main, target.replacement) if info]
+        disks = {devno for info in mains for devno in (info.disk, info.devno)}
+        errors, _lost = Parser().split(self._errors())
+        return any(error.operation == FLUSH and error.devno in disks for error in errors)
 
     def fail_held(self, target: ActiveTarget) -> None:
         """Let all I/O that waits fail, and hold what fails from now on.

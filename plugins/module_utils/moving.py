@@ -92,7 +92,7 @@ class Mover:
             patience: how hard to try to read failing blocks.
             events: what `DeviceMapper.events` gave, for a target that udev must be told about.
             wanted: says of a chunk that was read whether it is to be moved after all.
-            release: lets held I/O go on, in place of `Hold.release`.
+            release: lets held I/O go on, in place of `Hold.release_unless_flushed`.
             route: where the chunks may go.
 
         Raises:

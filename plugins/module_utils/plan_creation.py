@@ -11,7 +11,7 @@ from dataclasses import asdict, replace
 
 from . import kernel_v4, migration, pool, replacement
 from .blockdev import DeviceInfo
-from .checks import check_distinct, check_free, check_spare
+from .checks import check_distinct, check_free, check_same_blocks, check_spare
 from .errors import Refused, count_of
 from .format import NO_DIGEST, Extent, Metadata, geometry_of
 from .marks import SECTOR_BYTES
@@ -185,13 +185,7 @@ def _check_old_devices(
             device=old.path,
             remedy="give the kernel target's own spare, not a copy on another device",
         )
-    if old.logical_block != main.logical_block:
-        raise Refused(
-            f"has logical blocks of {old.logical_block} bytes, but {main.path} of "
-            f"{main.logical_block}",
-            device=old.path,
-            remedy="attach both as they were attached under the kernel target",
-        )
+    check_same_blocks(old, main, "attach both as they were attached under the kernel target")
 
 
 def _check_unknown(request: Request, seen: Seen, main: DeviceInfo) -> None:

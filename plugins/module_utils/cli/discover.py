@@ -21,7 +21,6 @@ def discover(host: Host, options: argparse.Namespace) -> Result:
     scanned = host.look()
     order = Order(device=options.device or "")
     chosen = choose(scanned, order, host.devno_of)
-    uuids = {target.uuid for target in chosen.targets}
     targets = [target.to_dict() for target in chosen.targets]
     others: Sequence[Problem] = () if options.device else chosen.discovery.others
     sound = all(target.state in (State.COMPLETE, State.ACTIVE) for target in chosen.targets)
@@ -29,7 +28,7 @@ def discover(host: Host, options: argparse.Namespace) -> Result:
         # What plans is imported only where it is needed, because that takes longer than the look.
         from ..assembly import REFUSED, assemble
 
-        report = assemble(host.engine(), order, check=True)
+        report = assemble(host.engine(), order, check=True, host=scanned)
         results = {str(item.target.uuid): item for item in report.targets}
         for target in targets:
             item = results.get(target["uuid"])
@@ -47,7 +46,7 @@ def discover(host: Host, options: argparse.Namespace) -> Result:
     if options.scan_all or options.device:
         devices = _devices(scanned, chosen.discovery)
         if options.device:
-            paths = {p for t in chosen.targets if t.uuid in uuids for p in devices_of(t)}
+            paths = {path for target in chosen.targets for path in devices_of(target)}
             devices = [device for device in devices if device["path"] in paths]
         data["devices"] = devices
         rows = [
