@@ -39,7 +39,7 @@ from .holding import Hold
 from .locks import LOCK_DIR, Locks
 from .migrating import Migrator
 from .moved import Moved, RemappedChunk, RemapReport, staying
-from .moving import Mover, Wanted, all_of_them
+from .moving import Mover, Steps, Wanted, all_of_them
 from .observing import Observer
 from .placing import TO_SPARES, Placer, Route
 from .plan import Action, Plan, index_of, metadata_of
@@ -656,6 +656,20 @@ class Engine(Observer):
     ) -> Moved:
         """Move chunks from where they are to spares or to main; see `Mover.move`."""
         return self._mover.move(target, disks, chunks, patience, events, wanted, release, route)
+
+    def moving(
+        self,
+        target: ActiveTarget,
+        disks: Disks,
+        chunks: Sequence[int],
+        patience: Patience,
+        events: Any = None,
+        wanted: Wanted = all_of_them,
+        release: Callable[[], None] | None = None,
+        route: Route = TO_SPARES,
+    ) -> Steps:
+        """Move chunks, and stop while they are to be read; see `Mover.moving`."""
+        return self._mover.moving(target, disks, chunks, patience, events, wanted, release, route)
 
     def move_held(
         self,

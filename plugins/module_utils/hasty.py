@@ -1,14 +1,16 @@
 # Copyright: dm_remap.storage contributors
 # GNU General Public License v3.0+ (see LICENSES/GPL-3.0-or-later.txt or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""Reads that are given up after a while: one read of a sick disk can take seconds."""
+"""Reads that nobody waits for, or not for long: one read of a sick disk can take seconds."""
 
 from __future__ import annotations
 
 import queue
 import threading
 import time
-from typing import Any, Callable, Protocol
+from collections.abc import Callable
+from concurrent.futures import Future
+from typing import Any, Protocol
 
 from .salvage import Salvage, Unfinished
 
@@ -84,3 +86,26 @@ class HastyReader:
                 self._answers.put((self._device.read(*asked), None))
             except BaseException as error:
                 self._answers.put((b"", error))
+
+
+def in_line(work: Callable[[], None]) -> Future[None]:
+    """Do work at once; its end."""
+    end: Future[None] = Future()
+    _work(work, end)
+    return end
+
+
+def aside(work: Callable[[], None]) -> Future[None]:
+    """Have work done by a thread of its own, which does not outlive the process; its end."""
+    end: Future[None] = Future()
+    threading.Thread(target=_work, args=(work, end), name="reads", daemon=True).start()
+    return end
+
+
+def _work(work: Callable[[], None], end: Future[None]) -> None:
+    try:
+        work()
+    except BaseException as error:
+        end.set_exception(error)
+    else:
+        end.set_result(None)

@@ -25,6 +25,7 @@ from typing import Any
 from .engine import Engine
 from .errors import DmRemapError
 from .format import Metadata
+from .hasty import aside
 from .memory import lock_memory
 from .reflex import Reflex, Reports, wake_up
 from .service import HEALER_SOCKET, notify
@@ -151,7 +152,8 @@ def main() -> int:
             reports = Reports()
             ReportServer(reports)
             _come_first()
-            reflex = Reflex(engine, TraceInstance(name=REFLEX_INSTANCE), reports.add)
+            trace = TraceInstance(name=REFLEX_INSTANCE)
+            reflex = Reflex(engine, trace, reports.add, aside=aside)
             reflex.run(stop, lambda: notify("READY=1"))
         except DmRemapError as error:
             log.critical("%s", error)

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -30,10 +30,29 @@ from .target import ActiveTarget, where
 # Says of a chunk that was read whether it is to be moved after all.
 Wanted = Callable[[int, Salvage], bool]
 
+# A move that stops where it only reads, and gives what is to be called before it goes on.
+Steps = Generator[Callable[[], None], None, Moved]
+
 
 def all_of_them(chunk: int, salvage: Salvage) -> bool:
     """Every chunk is to be moved after all."""
     return True
+
+
+def at_once(steps: Steps) -> Moved:
+    """Carry out a move, with its reads where it stops for them."""
+    try:
+        read = next(steps)
+        while True:
+            try:
+                read()
+            except BaseException as error:
+                read = steps.throw(error)
+            else:
+                read = next(steps)
+    except StopIteration as end:
+        moved: Moved = end.value
+        return moved
 
 
 class Mover:
@@ -98,17 +117,38 @@ class Mover:
         Raises:
             DmRemapError: a step failed; the chunks are where the metadata says.
         """
+        return at_once(self.moving(target, disks, chunks, patience, events, wanted, release, route))
+
+    def moving(
+        self,
+        target: ActiveTarget,
+        disks: Disks,
+        chunks: Sequence[int],
+        patience: Patience,
+        events: Any = None,
+        wanted: Wanted = all_of_them,
+        release: Callable[[], None] | None = None,
+        route: Route = TO_SPARES,
+    ) -> Steps:
+        """Move chunks as `move` does, but stop while the chunks are frozen and are to be read.
+
+        What it gives then may be called by any thread, and its error must be thrown in. Reading can
+        take minutes, and does nothing with device-mapper.
+        """
         begun = time.monotonic()
         attempted: set[int] = set()
+        works: list[Work] = []
         try:
-            # A salvage may take its budget twice over before what waits fails.
-            seconds = max(FREEZE_SECONDS, 2 * patience.budget)
+            # A salvage and one more read of what is lost may each take the whole budget.
+            seconds = FREEZE_SECONDS + 2 * patience.budget
             self._freezer.freeze(target, chunks, seconds, events)
             if release:
                 release()
             else:
                 self._hold.release_unless_flushed(target)
-            carried = self._carry(target, disks, chunks, patience, wanted, route, attempted)
+            reading = time.monotonic()
+            yield lambda: self._read(works, target, disks, chunks, patience, route)
+            carried = self._carry(works, target, disks, wanted, route, attempted, reading)
             self._freezer.thaw(target, carried.metadata, chunks, events)
         except BaseException:
             # Only the metadata on the spares can say now where the chunks are.
@@ -134,11 +174,14 @@ class Mover:
         """
         begun = time.monotonic()
         attempted: set[int] = set()
+        works: list[Work] = []
         try:
             # Waits for what is in flight, and lets nothing through that was on its way.
             self._mapper.suspend(target.map.name)
             self._step("suspended")
-            carried = self._carry(target, disks, chunks, patience, wanted, TO_SPARES, attempted)
+            reading = time.monotonic()
+            self._read(works, target, disks, chunks, patience, TO_SPARES)
+            carried = self._carry(works, target, disks, wanted, TO_SPARES, attempted, reading)
             if carried.extents:
                 self._mapper.load(target.map.name, target.map_table(carried.metadata))
             self._mapper.swap(target.map.name)
@@ -163,34 +206,52 @@ class Mover:
             self._hold.release_unless_flushed(target)
         return replace(carried, pause_seconds=time.monotonic() - begun)
 
-    def _carry(
+    def _read(
         self,
+        works: list[Work],
         target: ActiveTarget,
         disks: Disks,
         chunks: Sequence[int],
         patience: Patience,
-        wanted: Wanted,
         route: Route,
-        attempted: set[int],
-    ) -> Moved:
-        """Copy chunks that nobody can write to now, and commit where they are.
+    ) -> None:
+        """Read chunks that nobody can write to now.
 
         Args:
+            works: gets what was read.
             target: the target.
             disks: its open devices.
             chunks: logical chunks.
             patience: how hard to try to read failing blocks.
-            wanted: says of a chunk that was read whether it is to be moved after all.
             route: where the chunks may go.
-            attempted: gets the indexes of spares that a commit was begun on.
         """
-        begun = time.monotonic()
-        works = []
         lost = [(item.sector, item.count) for item in target.metadata.lost]
         for chunk in chunks:
             works.append(self._salvage_chunk(target, chunk, lost, disks, patience, route))
             self._step("salvaged")
         confirm_losses(_sources(target, disks, works, route))
+
+    def _carry(
+        self,
+        works: Sequence[Work],
+        target: ActiveTarget,
+        disks: Disks,
+        wanted: Wanted,
+        route: Route,
+        attempted: set[int],
+        begun: float,
+    ) -> Moved:
+        """Copy chunks that nobody can write to now, and commit where they are.
+
+        Args:
+            works: what was read of them.
+            target: the target.
+            disks: its open devices.
+            wanted: says of a chunk that was read whether it is to be moved after all.
+            route: where the chunks may go.
+            attempted: gets the indexes of spares that a commit was begun on.
+            begun: when the reading did, in monotonic seconds.
+        """
         works = [work for work in works if wanted(work.chunk, work.salvage)]
         stay: dict[int, str] = {}
         if route.to_main:

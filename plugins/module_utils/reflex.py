@@ -16,7 +16,8 @@ import math
 import os
 import select
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from concurrent.futures import Future, wait
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -26,8 +27,9 @@ from .devices import Disks
 from .engine import Engine
 from .errors import DmRemapError
 from .events import intersect_ranges
-from .hasty import HastyReader
+from .hasty import HastyReader, in_line
 from .moved import Moved
+from .moving import Steps
 from .plan_upkeep import plan_upkeep
 from .probing import SECTOR_ERRORS, DeviceState, device_state, serves_requests, whole_disk
 from .report import sector_ranges
@@ -54,13 +56,19 @@ _REPORTS_KEPT = 10_000
 _SLOW_SECONDS = 3600.0
 # Errors of disks without a known target, until it is sure that none is new.
 _UNKNOWN_KEPT = 1000
+# More bytes than there can be ended reads.
+_WAKINGS = 4096
 
 # Everything but the chunk goes on, and the drive itself has tried before: quick retries suffice.
-PATIENCE = Patience(retries=4, backoff=0.005, budget=60.0)
+# A physical block of 4 KiB that takes 7 s for each of its sectors is known in 63 s.
+PATIENCE = Patience(retries=4, backoff=0.005, budget=100.0, retrying=30.0)
 # For the time in which everything waits.
 HASTE_SECONDS = 0.25
 
 log = logging.getLogger("dm-remap-reflex")
+
+# The healing of a target, which stops for reads that take a while; see `moving.Steps`.
+Healing = Generator[Callable[[], None], None, None]
 
 
 @dataclass
@@ -234,6 +242,7 @@ class Reflex:
         haste: seconds for reading while all I/O waits; what takes longer is done again while only
             the chunks' I/O does.
         clock: seconds that only rise.
+        aside: has such reads done; until their end the reflex is there for other targets.
     """
 
     def __init__(
@@ -247,6 +256,7 @@ class Reflex:
         patience: Patience = PATIENCE,
         haste: float = HASTE_SECONDS,
         clock: Callable[[], float] = time.monotonic,
+        aside: Callable[[Callable[[], None]], Future[None]] = in_line,
     ) -> None:
         self._engine = engine
         self._trace = trace
@@ -258,7 +268,11 @@ class Reflex:
         self._patience = patience
         self._haste = replace(patience, budget=min(haste, patience.budget))
         self._clock = clock
+        self._aside = aside
+        self._wake: Callable[[], None] = lambda: None
         self._wards: dict[str, Ward] = {}
+        # Targets whose frozen chunks are being read, which stay locked meanwhile.
+        self._reading: dict[str, tuple[Healing, Future[None]]] = {}
         self._unknown: collections.deque[BlockError] = collections.deque(maxlen=_UNKNOWN_KEPT)
         self._refreshed_at = 0.0
         self._refresh_at = 0.0
@@ -275,34 +289,71 @@ class Reflex:
             MissingKernelFeature: errors cannot be seen.
             Refused: another process does this.
         """
-        with self._engine.healing():
+        with self._engine.healing(), wake_up() as (woken, self._wake):
             pipe = self._trace.open()
             try:
                 self.refresh()
                 ready()
                 poll = select.poll()
-                poll.register(pipe, select.POLLIN)
-                poll.register(stop, select.POLLIN)
+                for descriptor in (pipe, stop, woken):
+                    poll.register(descriptor, select.POLLIN)
                 while True:
-                    found = poll.poll(1000 * self._pause())
-                    if any(descriptor == stop for descriptor, _event in found):
+                    found = {descriptor for descriptor, _event in poll.poll(1000 * self._pause())}
+                    if stop in found:
+                        self._finish()
                         return
+                    if woken in found:
+                        os.read(woken, _WAKINGS)
                     self.turn()
             finally:
                 self._trace.close()
-                for name in list(self._wards):
+                for name in self._idle():
                     self._dismiss(name)
 
     def turn(self) -> None:
         """Take in what failed, heal it, and see that no target stays without its path."""
         self.take(self._seen())
-        for name in [name for name, ward in self._wards.items() if ward.errors]:
-            self._attend(name)
+        for name, (healing, end) in list(self._reading.items()):
+            if end.done():
+                self._go_on(name, healing, end)
+        for name in [name for name, ward in self._idle().items() if ward.errors]:
+            self._go_on(name, self._attending(name))
         self.look_after()
+
+    def _idle(self) -> dict[str, Ward]:
+        """The targets of which nothing is being read."""
+        return {name: ward for name, ward in self._wards.items() if name not in self._reading}
+
+    def _go_on(self, name: str, healing: Healing, end: Future[None] | None = None) -> None:
+        """Carry a healing on until it ends, or reads that take a while.
+
+        Args:
+            name: the target.
+            healing: its healing.
+            end: that of the reads which it stopped for, if it did.
+        """
+        self._reading.pop(name, None)
+        while end is None or end.done():
+            error = end.exception() if end else None
+            try:
+                work = healing.throw(error) if error else next(healing)
+            except StopIteration:
+                return
+            end = self._aside(work)
+        self._reading[name] = healing, end
+        end.add_done_callback(lambda _end: self._wake())
+
+    def _finish(self) -> None:
+        """End what was begun, and begin nothing."""
+        while self._reading:
+            for name, (healing, end) in list(self._reading.items()):
+                wait([end])
+                self._go_on(name, healing, end)
 
     def _pause(self) -> float:
         now = self._clock()
-        if self._unknown or any(w.errors or w.alert_until > now for w in self._wards.values()):
+        wards = self._idle().values()
+        if self._unknown or any(w.errors or w.alert_until > now for w in wards):
             return _RESTLESS_SECONDS
         return _TICK_SECONDS
 
@@ -327,7 +378,7 @@ class Reflex:
         self._note(errors)
         if self._unknown and (
             self._clock() >= self._refreshed_at + _TICK_SECONDS
-            or any(self._has_moved(ward) for ward in self._wards.values())
+            or any(self._has_moved(ward) for ward in self._idle().values())
         ):
             # A target may be newer than the last look, or have another main since.
             complete = self.refresh()
@@ -366,9 +417,11 @@ class Reflex:
         now = self._refreshed_at = self._clock()
         complete = True
         names = self._engine.target_names()
-        for name in [name for name in self._wards if name not in names]:
+        for name in [name for name in self._idle() if name not in names]:
             self._dismiss(name)
         for name in names:
+            if name in self._reading:
+                continue
             if name not in self._wards or self._has_moved(self._wards[name]):
                 with self._engine.try_locked(name) as locked:
                     if locked:
@@ -437,7 +490,7 @@ class Reflex:
 
     # Healing
 
-    def _attend(self, name: str) -> None:
+    def _attending(self, name: str) -> Healing:
         """Heal a target, unless somebody else works on it: then the next turn does."""
         # Not even somebody else may try a flush again that failed.
         with contextlib.suppress(DmRemapError):
@@ -457,7 +510,7 @@ class Reflex:
             errors, ward.errors = on_one_main(ward, ward.errors), []
             begun = self._clock()
             try:
-                self._heal(ward, errors)
+                yield from self._heal(ward, errors)
             except (DmRemapError, OSError) as error:
                 # What cannot be healed must not keep the rest waiting.
                 log.error("%s", error)
@@ -473,7 +526,7 @@ class Reflex:
             errors, ward.errors = ward.errors, []
             self._give_up(ward, errors, "its metadata cannot be read, so nothing can be moved")
 
-    def _heal(self, ward: Ward, errors: Sequence[BlockError]) -> None:
+    def _heal(self, ward: Ward, errors: Sequence[BlockError]) -> Healing:
         target = ward.target
         if target.main is None:
             raise AssertionError("a target that is looked after has a main")
@@ -502,7 +555,7 @@ class Reflex:
             ward.suspects[chunk] = now + _AGAIN_SECONDS
             return False
 
-        moved = self._move(ward, chunks, wanted)
+        moved = yield from self._move(ward, chunks, wanted)
         ward.strikes = 0
         if moved.chunks:
             choice = replace(target.choice, metadata=moved.metadata)
@@ -512,7 +565,7 @@ class Reflex:
 
     def _move(
         self, ward: Ward, chunks: Sequence[int], wanted: Callable[[int, Salvage], bool]
-    ) -> Moved:
+    ) -> Steps:
         """Move chunks at once if that is quick, because all I/O waits; else let the rest go on."""
         target, disks = ward.target, ward.disks
         # The freeze waits for what is in flight, but not for what is sent meanwhile.
@@ -538,7 +591,11 @@ class Reflex:
             except Unfinished:
                 ward.hasty.close()
                 ward.hasty, ward.slow_until = None, now + _SLOW_SECONDS
-        return self._engine.move(target, disks, chunks, self._patience, None, wanted, release)
+        return (
+            yield from self._engine.moving(
+                target, disks, chunks, self._patience, None, wanted, release
+            )
+        )
 
     def _answers(self, ward: Ward, errors: Sequence[BlockError]) -> bool:
         """Whether main and what is to replace it can be asked; else I/O stays held until they can.
@@ -651,7 +708,7 @@ class Reflex:
             self._tick_at = now + _TICK_SECONDS
         if now >= self._refresh_at:
             self.refresh()
-        for name, ward in list(self._wards.items()):
+        for name, ward in self._idle().items():
             if ward.errors or not (due or ward.alert_until > now):
                 continue
             try:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import enum
 import errno
+import math
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
@@ -50,19 +51,21 @@ class Patience:
             with blocks that were never tried is given up: not tried is not lost.
         slow: seconds from which on a failing read is slow. Its blocks are then read singly, because
             another failing read would take longer than many good ones.
+        retrying: seconds after which no retry is begun, should that be before the budget is spent.
     """
 
     retries: int = 4
     backoff: float = 0.05
     budget: float = 600.0
     slow: float = 0.2
+    retrying: float = math.inf
 
     def __post_init__(self) -> None:
         # The comparison is this way round because no number is at least 0 or below it when NaN.
-        if self.retries < 0 or not self.budget >= 0 or not self.slow >= 0:
+        if not all(value >= 0 for value in (self.retries, self.budget, self.slow, self.retrying)):
             raise Refused(
                 f"{self.retries} retries in {self.budget} seconds, of which {self.slow} are slow, "
-                "are not possible",
+                f"and none after {self.retrying}, are not possible",
                 remedy="give 0 or more",
             )
 
@@ -297,13 +300,13 @@ class _Reading:
         """Read lost blocks again, turn by turn, until they have had their retries."""
         while True:
             turn, waiting = self._next_turn()
-            if not waiting or self._left() <= 0:
+            if not waiting or self._left_for_retries() <= 0:
                 return
             # Far beyond any budget, and a float.
             backoff = self._limits.backoff * 2.0 ** min(turn, 64)
-            self._pause(min(backoff, self._left()))
+            self._pause(min(backoff, self._left_for_retries()))
             for index in reversed(waiting):
-                if self._left() <= 0:
+                if self._left_for_retries() <= 0:
                     return
                 self._read(index, 1, Outcome.RETRY)
                 self._tell()
@@ -365,6 +368,9 @@ class _Reading:
 
     def _left(self) -> float:
         return self._limits.budget - (self._clock() - self._begun)
+
+    def _left_for_retries(self) -> float:
+        return min(self._limits.budget, self._limits.retrying) - (self._clock() - self._begun)
 
     def _sectors(self) -> int:
         return len(self._result.outcomes) * self._result.block_sectors

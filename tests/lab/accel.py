@@ -16,6 +16,11 @@ from .paths import LabError, cache_dir, locked
 
 QEMU = "qemu-system-x86_64"
 TCG = ("-accel", "tcg,thread=multi,tb-size=128", "-cpu", "max")
+# The guest's clock counts instructions, one a nanosecond, and skips the time in which it is idle.
+COUNTED = (
+    *("-accel", "tcg,thread=single,tb-size=128", "-cpu", "max"),
+    *("-icount", "shift=0,sleep=off"),
+)
 KVM = ("-accel", "kvm", "-cpu", "host")
 PROBE_SECONDS = 15
 

@@ -16,7 +16,6 @@ from typing import IO, Any
 
 import pytest
 
-from dm_remap import memory
 from dm_remap.cli.framework import Host, run
 from dm_remap.cli.programs import PROGRAMS
 from dm_remap.engine import Engine
@@ -28,7 +27,6 @@ MACHINE = "00000000-0000-4000-8000-000000000000"
 
 def be_root_at_a_known_time(monkeypatch: pytest.MonkeyPatch) -> None:
     """Everybody is root, and it is always the same moment."""
-    monkeypatch.setattr(memory, "lock_memory", lambda: None)
     monkeypatch.setattr(os, "geteuid", lambda: 0)
     monkeypatch.setattr(time, "time_ns", lambda: 1_700_000_000 * 10**9)
 

@@ -5,23 +5,25 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator
 
 import pytest
 
-from dm_remap import memory
+from dm_remap import blockdev, memory
 from tests.unit.drill_scene import Drill, make_drill
 
 
-@pytest.fixture(scope="module")
-def memory_stays_unlocked() -> Iterator[None]:
-    """Do not lock the memory of the process that runs the tests."""
+@pytest.fixture(scope="session", autouse=True)
+def stay_ordinary() -> Iterator[None]:
+    """Do not lock the memory of the process that runs the tests, nor change its priority."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(memory, "lock_memory", lambda: None)
+        patch.setattr(blockdev, "idle_priority", contextlib.nullcontext)
         yield
 
 
 @pytest.fixture(scope="module")
-def host_a(tmp_path_factory: pytest.TempPathFactory, memory_stays_unlocked: None) -> Drill:
+def host_a(tmp_path_factory: pytest.TempPathFactory) -> Drill:
     """The drill's targets on the host that made them."""
     return make_drill(tmp_path_factory.mktemp("host_a"))

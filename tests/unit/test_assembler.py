@@ -29,8 +29,6 @@ from dm_remap.udev import Event
 from tests.unit.drill_scene import CHUNK, CHUNKS, STALE, TARGETS, Drill, make_drill
 from tests.unit.fake_kernel import Blocks, Disk, Kernel, Process
 
-pytestmark = pytest.mark.usefixtures("memory_stays_unlocked")
-
 ADD = Event("add", "8:999", "")
 SPARES = {name: spares for name, (spares, _count) in TARGETS.items()}
 

@@ -53,8 +53,6 @@ from tests.unit.drill_scene import (
 )
 from tests.unit.fake_kernel import SECTOR, Disk, Killed, Process
 
-pytestmark = pytest.mark.usefixtures("memory_stays_unlocked")
-
 SPARES = [spare for spares, _count in TARGETS.values() for spare in spares]
 ALL = dict.fromkeys(TARGETS, "assembled")
 

@@ -21,7 +21,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dm_remap import copies, dumps, memory, mending
+from dm_remap import copies, dumps, mending
 from dm_remap.blockdev import DeviceInfo, Use
 from dm_remap.dumps import BadDump, from_text, to_text
 from dm_remap.errors import Refused
@@ -37,8 +37,7 @@ BLANK = bytes(4096)
 
 @pytest.fixture(autouse=True)
 def root(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Everybody is root, and the memory of the tests stays unlocked."""
-    monkeypatch.setattr(memory, "lock_memory", lambda: None)
+    """Everybody is root."""
     monkeypatch.setattr(os, "geteuid", lambda: 0)
 
 

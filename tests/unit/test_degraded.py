@@ -18,7 +18,7 @@ from pathlib import Path
 
 import pytest
 
-from dm_remap import copies, memory
+from dm_remap import copies
 from dm_remap.backups import Backups
 from dm_remap.copies import SplitBrain
 from dm_remap.engine import Engine
@@ -50,12 +50,6 @@ REMAPPED = (2, 5, 8, 11, 14, 24)
 STALE = b"\xee" * SECTOR
 MISSING = [c for size in (1, 2) for c in itertools.combinations(range(3), size)]
 POLICIES = ["fail", "hold"]
-
-
-@pytest.fixture(autouse=True)
-def memory_stays_unlocked(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Do not lock the memory of the process that runs the tests."""
-    monkeypatch.setattr(memory, "lock_memory", lambda: None)
 
 
 def make_target(folder: Path, on_error: str = "fail", spares: int = 3) -> Scene:

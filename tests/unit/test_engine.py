@@ -20,7 +20,7 @@ from typing import Any
 
 import pytest
 
-from dm_remap import committing, copies, extents, files, memory
+from dm_remap import committing, copies, extents, files
 from dm_remap.committing import host_id
 from dm_remap.devmapper import Segment
 from dm_remap.engine import Engine
@@ -53,12 +53,6 @@ CHUNK = 8
 # The last chunk has 5 sectors.
 SECTORS = 24 * CHUNK + 5
 QUICK = Patience(retries=2, backoff=0)
-
-
-@pytest.fixture(autouse=True)
-def memory_stays_unlocked(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Do not lock the memory of the process that runs the tests."""
-    monkeypatch.setattr(memory, "lock_memory", lambda: None)
 
 
 def content(sector: int, version: int = 0) -> bytes:

@@ -16,7 +16,6 @@ from pathlib import Path
 
 import pytest
 
-from dm_remap import memory
 from dm_remap.format import Metadata
 from tests.unit.fake_kernel import SECTOR, Kernel, Process, Volatile
 from tests.unit.test_engine import CHUNK, NAME, App, make_scene
@@ -25,12 +24,6 @@ from tests.unit.test_engine import CHUNK, NAME, App, make_scene
 WEAKEST = 9
 # A cut at every so many of the moments, in the mean.
 MOMENTS_A_CUT = 25
-
-
-@pytest.fixture(autouse=True)
-def memory_stays_unlocked(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Do not lock the memory of the process that runs the tests."""
-    monkeypatch.setattr(memory, "lock_memory", lambda: None)
 
 
 @dataclass

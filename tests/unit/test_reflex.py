@@ -9,9 +9,12 @@ import contextlib
 import errno
 import itertools
 import os
+import random
 import tempfile
+import threading
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from concurrent.futures import Future
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +22,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dm_remap import copies, memory, tracing
+from dm_remap import copies, tracing
 from dm_remap.engine import Engine
 from dm_remap.errors import DmRemapError
 from dm_remap.format import geometry_of
+from dm_remap.hasty import aside, in_line
 from dm_remap.placing import Route
 from dm_remap.plan_spares import SpareRequest, plan_spare_absent
 from dm_remap.probing import DeviceState
@@ -42,12 +46,6 @@ from tests.unit.test_engine import (
 )
 
 HOLD = f"{NAME}-hold"
-
-
-@pytest.fixture(autouse=True)
-def memory_stays_unlocked(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Do not lock the memory of the process that runs the tests."""
-    monkeypatch.setattr(memory, "lock_memory", lambda: None)
 
 
 class Trace:
@@ -76,6 +74,7 @@ class Healer:
     scene: Scene
     engine: Engine | None = None
     haste: float = 60.0
+    aside: Callable[[Callable[[], None]], Future[None]] = in_line
     now: float = 1000.0
     reports: list[dict[str, Any]] = field(default_factory=list)
     state: DeviceState = DeviceState.LIVE
@@ -92,6 +91,7 @@ class Healer:
             patience=QUICK,
             haste=self.haste,
             clock=lambda: self.now,
+            aside=self.aside,
         )
         self.reflex.refresh()
 
@@ -1276,3 +1276,197 @@ def test_the_reflex_runs_until_it_is_told_to_stop(target: Scene) -> None:
     assert not target.engine().healer_runs()
     assert all(not device.handles for device in target.kernel.mapped.values())
     assert tracing.REFLEX_INSTANCE != tracing.INSTANCE, "each reader of a trace needs its own"
+
+
+# Reads that take a while
+
+
+SECOND = "second"
+
+
+class Later:
+    """Has reads done when a test says so, as a thread of its own might at any time."""
+
+    def __init__(self) -> None:
+        self.works: list[tuple[Callable[[], None], Future[None]]] = []
+
+    def __call__(self, work: Callable[[], None]) -> Future[None]:
+        end: Future[None] = Future()
+        self.works.append((work, end))
+        return end
+
+    def do(self, index: int = 0) -> None:
+        work, end = self.works.pop(index)
+        try:
+            work()
+        except BaseException as error:
+            end.set_exception(error)
+        else:
+            end.set_result(None)
+
+
+def with_second(scene: Scene) -> Scene:
+    """Another target on the same host."""
+    main = scene.kernel.add_disk("main2", SECTORS)
+    main.fill(0, data_of(0, SECTORS))
+    spare = scene.kernel.add_disk("spare9", scene.spares[0].sectors)
+    request = replace(scene.request, name=SECOND, main=main.path, spares=(spare.path,))
+    second = replace(scene, request=request)
+    create_held(second)
+    return second
+
+
+def test_a_slow_main_does_not_keep_another_target_waiting(target: Scene) -> None:
+    second, later = with_second(target), Later()
+    healer = Healer(target, haste=0.0, aside=later)
+    target.spoil(41, failures=3)
+    slow = target.kernel.submit_read(NAME, 41, 1)
+    healer.turn(3)
+    assert len(later.works) == 1
+    apart = target.kernel.submit_read(NAME, 81, 1)
+    assert target.kernel.answers[apart] == data_of(81, 1), "only the chunk is frozen"
+    second.main.spoil([50], failures=3)
+    quick = target.kernel.submit_read(SECOND, 50, 1)
+    healer.turn()
+    later.do(1)
+    healer.turn(3)
+    assert target.kernel.answers[quick] == data_of(50, 1)
+    assert slow not in target.kernel.completed
+    with target.engine().try_locked(NAME) as locked:
+        assert not locked, "nobody else may work on a target whose chunks are being read"
+    later.do()
+    healer.settle()
+    assert target.kernel.answers[slow] == data_of(41, 1)
+    ends = [(report["target"], report["type"]) for report in healer.reports]
+    assert ends[2:] == [(SECOND, "healed"), (NAME, "healed")]
+    target.check()
+
+
+def test_what_fails_while_a_target_is_read_is_healed_after_it(target: Scene) -> None:
+    later = Later()
+    healer = Healer(target, haste=0.0, aside=later)
+    target.spoil(41, 81, failures=3)
+    first = target.kernel.submit_read(NAME, 41, 1)
+    healer.turn(3)
+    second = target.kernel.submit_read(NAME, 81, 1)
+    healer.turn(100, seconds=0.1)
+    assert len(later.works) == 1
+    later.do()
+    healer.turn()
+    assert target.kernel.answers[first] == data_of(41, 1)
+    later.do()
+    healer.settle()
+    assert target.kernel.answers[second] == data_of(81, 1)
+    target.check()
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_reads_beside_each_other_end_in_any_order(tmp_path: Path, seed: int) -> None:
+    """Two targets with bad sectors everywhere: each request is answered, with its own data."""
+    chance = random.Random(seed)
+    first = held_scene(tmp_path)
+    second, later = with_second(first), Later()
+    kernel = first.kernel
+    healer = Healer(first, haste=chance.choice([0.0, 60.0]), aside=later)
+    asked: dict[int, int] = {}
+    for scene in (first, second):
+        scene.main.spoil(chance.sample(range(SECTORS), 12), failures=chance.randrange(1, 4))
+    for _step in range(120):
+        done = chance.randrange(4)
+        if done == 0 and len(asked) < 40:
+            sector = chance.randrange(SECTORS // CHUNK) * CHUNK
+            asked[kernel.submit_read(chance.choice([NAME, SECOND]), sector, CHUNK)] = sector
+        elif done == 1 and later.works:
+            later.do(chance.randrange(len(later.works)))
+        else:
+            healer.turn(seconds=chance.choice([0.001, 0.02, 1.5]))
+    while kernel.waiting() or kernel.trace or later.works:
+        while later.works:
+            later.do(chance.randrange(len(later.works)))
+        healer.turn()
+    assert asked
+    for number, sector in asked.items():
+        assert kernel.answers[number] == data_of(sector, CHUNK)
+    first.main.bad.clear()
+    first.check()
+    assert second.engine().require(SECOND).frozen is None
+
+
+def test_a_read_that_fails_aside_is_reported_and_the_chunk_stays(target: Scene) -> None:
+    later = Later()
+    healer = Healer(target, haste=0.0, aside=later)
+    target.spoil(41)
+    number = target.kernel.submit_read(NAME, 41, 1)
+    healer.turn(3)
+    (_work, end) = later.works.pop()
+    end.set_exception(OSError(errno.ENODEV, "has gone"))
+    healer.settle()
+    assert healer.kinds() == ["healing", "failed"]
+    assert target.kernel.errors[number] == errno.EIO
+    assert target.generation() == 1
+    assert target.engine().require(NAME).frozen is None
+
+
+def test_the_reflex_ends_what_it_began_before_it_stops(target: Scene) -> None:
+    """Reads that really are done by another thread."""
+    healer = Healer(target, haste=0.0, aside=aside)
+    target.spoil(41, failures=3)
+    number = target.kernel.submit_read(NAME, 41, 1)
+    stopped = threading.Event()
+
+    def wait(_sector: int, _count: int) -> None:
+        if threading.current_thread().name == "reads":
+            assert stopped.wait(60)
+
+    target.main.on_read = wait
+    with wake_up() as (stop, wake):
+
+        def pause() -> float:
+            if healer.reflex._reading:
+                wake()
+                stopped.set()
+            return 0.0
+
+        healer.reflex._pause = pause
+        healer.reflex.run(stop)
+    target.main.on_read = None
+    assert target.kernel.answers[number] == data_of(41, 1)
+    assert healer.kinds() == ["healing", "healed"]
+    target.check()
+
+
+def test_the_end_of_reads_wakes_the_reflex(target: Scene) -> None:
+    second = with_second(target)
+    healer = Healer(target, haste=0.0, aside=aside)
+    target.spoil(41, failures=3)
+    slow = target.kernel.submit_read(NAME, 41, 1)
+    healed = threading.Event()
+
+    def wait(_sector: int, _count: int) -> None:
+        if threading.current_thread().name == "reads":
+            assert healed.wait(60), "the other target is healed meanwhile"
+
+    target.main.on_read = wait
+    asked: list[int] = []
+    with wake_up() as (stop, wake):
+
+        def pause() -> float:
+            if not healer.reflex._reading and slow not in target.kernel.completed:
+                return 0.0
+            if not asked:
+                second.main.spoil([50], failures=3)
+                asked.append(target.kernel.submit_read(SECOND, 50, 1))
+                return 0.0
+            if asked[0] in target.kernel.completed:
+                healed.set()
+            if slow in target.kernel.completed:
+                wake()
+            # Longer than the test may take: only the end of the reads ends it.
+            return 60.0 if healed.is_set() else 0.0
+
+        healer.reflex._pause = pause
+        healer.reflex.run(stop)
+    target.main.on_read = None
+    assert target.kernel.answers[asked[0]] == data_of(50, 1)
+    assert target.kernel.answers[slow] == data_of(41, 1)
+    target.check()

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from dm_remap import copies, memory, replacement, stack
+from dm_remap import copies, replacement, stack
 from dm_remap.engine import Engine
 from dm_remap.errors import DmRemapError, Refused
 from dm_remap.format import geometry_of
@@ -59,13 +59,6 @@ OLD = "/dev/main"
 HEALTHY, LOSSY, REWRITTEN = 1, 2, 6
 # Found on the way: a sector that cannot be read, and one that can be after some tries.
 BAD, WEAK = 5, 9
-
-
-@pytest.fixture(autouse=True)
-def memory_stays_unlocked(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Do not lock the memory of the process that runs the tests, nor change its priority."""
-    monkeypatch.setattr(memory, "lock_memory", lambda: None)
-    monkeypatch.setattr("dm_remap.replacing.blockdev.idle_priority", contextlib.nullcontext)
 
 
 def toward(scene: Scene, main: str) -> Scene:

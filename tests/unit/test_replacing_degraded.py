@@ -8,12 +8,11 @@ Chunks of the missing spare give errors on either main; what the mains have ther
 
 from __future__ import annotations
 
-import contextlib
 from pathlib import Path
 
 import pytest
 
-from dm_remap import memory, replacement
+from dm_remap import replacement
 from dm_remap.engine import Engine
 from dm_remap.errors import Refused
 from tests.unit.fake_kernel import Kernel
@@ -39,13 +38,6 @@ WINDOWS = (0, 1, 3)
 SPARES = 2
 # All crashes are tried in so many parts, of which the short tests take one.
 PARTS = 12
-
-
-@pytest.fixture(autouse=True)
-def memory_stays_unlocked(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Do not lock the memory of the process that runs the tests, nor change its priority."""
-    monkeypatch.setattr(memory, "lock_memory", lambda: None)
-    monkeypatch.setattr("dm_remap.replacing.blockdev.idle_priority", contextlib.nullcontext)
 
 
 def stopped_on_the_way(folder: Path, on_error: str, windows: int) -> tuple[Scene, dict[int, int]]:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from dm_remap import memory, replacement, stack
+from dm_remap import replacement, stack
 from dm_remap.probing import DeviceState
 from dm_remap.replacing import Replacing
 from tests.unit.fake_kernel import Blocked, below
@@ -28,13 +28,6 @@ from tests.unit.test_replacing import (
     interrupt,
     toward,
 )
-
-
-@pytest.fixture(autouse=True)
-def memory_stays_unlocked(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Do not lock the memory of the process that runs the tests, nor change its priority."""
-    monkeypatch.setattr(memory, "lock_memory", lambda: None)
-    monkeypatch.setattr("dm_remap.replacing.blockdev.idle_priority", contextlib.nullcontext)
 
 
 @pytest.fixture(params=["none", "raid"])

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import errno
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import chain, combinations
 from typing import Any
 
@@ -16,7 +16,9 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from dm_remap.errors import DmRemapError, Refused
+from dm_remap.freezing import FREEZE_SECONDS
 from dm_remap.probing import MEDIUM_ERRORS
+from dm_remap.reflex import PATIENCE
 from dm_remap.salvage import Outcome, Patience, Salvage, Unfinished, salvage
 
 SECTOR = 512
@@ -446,6 +448,36 @@ def test_other_errors_are_not_about_a_block(code: int) -> None:
     assert caught.value.device == "/dev/failing"
 
 
+def test_no_retry_is_begun_after_its_time_but_every_block_is_tried() -> None:
+    disk = Disk({BEGIN + 3: None}, failing_seconds=7.0)
+    result = run(disk, 8, 1, Patience(retries=9, backoff=0, budget=100.0, retrying=30.0))
+    assert result.lost == [(BEGIN + 3, 1)]
+    # The whole, the block, and retries that begin at 14, 21 and 28 seconds.
+    assert disk.failed == [(BEGIN, 8)] + [(BEGIN + 3, 1)] * 4
+    result = run(Disk({BEGIN: None}, failing_seconds=7.0), 8, 1, Patience(4, 0, retrying=0.0))
+    assert result.failures == {0: 1}
+
+
+@pytest.mark.parametrize("bad", [1, 8])
+@pytest.mark.parametrize("first", range(0, 128, 8))
+def test_the_reflex_has_the_time_for_a_slow_physical_block(first: int, bad: int) -> None:
+    """Each of its sectors takes 7 s, whether it can be read or not."""
+    slow = range(BEGIN + first, BEGIN + first + 8)
+    disk = Disk(dict.fromkeys(slow[:bad]), seconds=0.001)
+    quick = disk.read
+
+    def read(sector: int, count: int) -> bytes:
+        if sector < slow.stop and sector + count > slow.start:
+            disk.time += 7.0
+        return quick(sector, count)
+
+    disk.read = read  # type: ignore[method-assign]
+    result = run(disk, 128, 1, replace(PATIENCE, backoff=0))
+    result.read_again(disk)
+    assert result.lost == [(slow.start, bad)]
+    assert disk.time < FREEZE_SECONDS, "what else fails meanwhile must not wait for longer"
+
+
 @pytest.mark.parametrize(
     "wrong",
     [
@@ -454,6 +486,8 @@ def test_other_errors_are_not_about_a_block(code: int) -> None:
         {"budget": float("nan")},
         {"slow": -0.1},
         {"slow": float("nan")},
+        {"retrying": -0.1},
+        {"retrying": float("nan")},
     ],
     ids=str,
 )

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from dm_remap import copies, memory, plan_spares
+from dm_remap import copies, plan_spares
 from dm_remap.engine import Engine
 from dm_remap.errors import DmRemapError, Refused
 from dm_remap.format import geometry_of, minimum_spare_sectors
@@ -44,9 +44,7 @@ NEW = "/dev/new"
 
 
 @pytest.fixture(autouse=True)
-def memory_stays_unlocked(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Do not lock the memory of the process that runs the tests, and drain in small steps."""
-    monkeypatch.setattr(memory, "lock_memory", lambda: None)
+def drain_in_small_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(plan_spares, "DRAIN_CHUNKS", 2)
 
 

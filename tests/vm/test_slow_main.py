@@ -1,7 +1,8 @@
 # GNU General Public License v3.0+ (see LICENSES/GPL-3.0-or-later.txt or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
 # Copyright: dm_remap.storage contributors
-"""A main that takes seconds for a bad sector keeps only the chunk's I/O waiting."""
+"""A main that takes seconds for a bad sector keeps only the chunk's I/O waiting, and no other
+target's."""
 
 from __future__ import annotations
 
@@ -22,10 +23,13 @@ BAD = 40_000
 def test_a_slow_bad_sector_does_not_stop_the_rest(lab: Machine, milliseconds: int) -> None:
     guest = Guest(lab)
     lab.disk("main").fail([(BAD, 1)], op="read")
+    lab.disk("scsi").fail([(BAD, 1)], op="read")
     found = guest.call(
         "slow_main",
         disk=guest.path("main"),
         spare=guest.path("spare"),
+        quick=guest.path("scsi"),
+        quick_spare=guest.path("spare2"),
         bad=BAD,
         milliseconds=milliseconds,
     )
@@ -39,3 +43,7 @@ def test_a_slow_bad_sector_does_not_stop_the_rest(lab: Machine, milliseconds: in
     # If they waited for the attempts at the sector, as they do for a moment with the first error,
     # it would be one for each.
     assert len(times) > 50
+    quick_error, first, seconds = found["quick"]
+    print(f"a bad sector of another target: {seconds:.3f} s")
+    assert quick_error == errno.EILSEQ
+    assert first, "it did not wait for the slow main"

@@ -1,7 +1,8 @@
 # GNU General Public License v3.0+ (see LICENSES/GPL-3.0-or-later.txt or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
 # Copyright: dm_remap.storage contributors
-"""Meets a bad sector on a main that takes seconds for it, beside I/O far away from it.
+"""Meets a bad sector on a main that takes seconds for it, beside I/O far away from it, and beside
+another target with a bad sector on a disk that is quick.
 
 The main is a mapped device whose bad block is behind a delay: each read of it takes that long, and
 then fails.
@@ -15,10 +16,12 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 
 from scene import BlockDevice, Engine, answer, arguments
 
+from dm_remap import stack
 from dm_remap.devmapper import DeviceMapper, Segment
 from dm_remap.plan_removal import plan_absent
 from dm_remap.planner import plan_present
@@ -42,6 +45,11 @@ def slow_table(disk: str, sectors: int, bad: int, milliseconds: int) -> list[Seg
         Segment(bad, BLOCK, "delay", f"{disk} {bad} {milliseconds} {disk} {bad} 0"),
         Segment(end, sectors - end, "linear", f"{disk} {end}"),
     ]
+
+
+def is_parked(mapper: DeviceMapper, name: str) -> bool:
+    """Whether no chunk of a target is frozen."""
+    return all(segment.target != "delay" for segment in mapper.table(stack.frozen_name(name)))
 
 
 @contextmanager
@@ -91,6 +99,16 @@ class Beside(threading.Thread):
         self.join()
 
 
+def read_error(path: str, sector: int) -> int:
+    """The error of reading a block; 0 for none."""
+    try:
+        with BlockDevice(path) as device:
+            device.read(sector, BLOCK)
+    except OSError as failure:
+        return failure.errno or 0
+    return 0
+
+
 def main() -> None:
     """Make the stack, meet the bad sector, and tell what happened beside it."""
     given = arguments()
@@ -100,19 +118,29 @@ def main() -> None:
         sectors = device.sectors
     table = slow_table(number_of(given["disk"]), sectors, given["bad"], given["milliseconds"])
     mapper.create(SLOW, "TEST-slow", table, private=False)
-    request = Request("guarded", f"/dev/mapper/{SLOW}", (given["spare"],), on_error="hold")
+    requests = [
+        Request("guarded", f"/dev/mapper/{SLOW}", (given["spare"],), on_error="hold"),
+        Request("quick", given["quick"], (given["quick_spare"],), on_error="hold"),
+    ]
     with healer():
-        with engine.locked_host(), engine.locked("guarded"):
-            engine.apply(plan_present(request, engine.see("guarded", request.main, request.spares)))
+        for request in requests:
+            with engine.locked_host(), engine.locked(request.name):
+                seen = engine.see(request.name, request.main, request.spares)
+                engine.apply(plan_present(request, seen))
         path = "/dev/mapper/guarded"
         beside = Beside(path, given["bad"] + 65536)
         beside.start()
-        begun, error = time.monotonic(), 0
-        try:
-            with BlockDevice(path) as device:
-                device.read(given["bad"], BLOCK)
-        except OSError as failure:
-            error = failure.errno or 0
+        begun = time.monotonic()
+        with ThreadPoolExecutor() as pool:
+            slow = pool.submit(read_error, path, given["bad"])
+            # The chunk is frozen as soon as it is known that its main is slow.
+            while is_parked(mapper, "guarded"):
+                os.sched_yield()
+            asked = time.monotonic()
+            quick_error = read_error("/dev/mapper/quick", given["bad"])
+            answered = time.monotonic()
+            first = not slow.done()
+            error = slow.result()
         ended = time.monotonic()
         beside.end()
         with engine.locked("guarded"):
@@ -120,9 +148,10 @@ def main() -> None:
             lost = [[item.sector, item.count] for item in target.metadata.lost]
             remapped = len(target.metadata.extents)
     during = sorted(took for start, took in beside.noted if start + took > begun and start < ended)
-    with engine.locked("guarded"):
-        seen = engine.see("guarded", None, [])
-        engine.apply(plan_absent("guarded", seen.target, seen, discard_remaps=True))
+    for name in ("guarded", "quick"):
+        with engine.locked(name):
+            seen = engine.see(name, None, [])
+            engine.apply(plan_absent(name, seen.target, seen, discard_remaps=True))
     mapper.remove(SLOW)
     answer(
         {
@@ -131,6 +160,7 @@ def main() -> None:
             "lost": lost,
             "extents": remapped,
             "beside": during,
+            "quick": [quick_error, first, answered - asked],
         }
     )
 
