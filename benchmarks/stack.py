@@ -37,7 +37,7 @@ CHUNK_BYTES = 4096
 CHUNK_SECTORS = CHUNK_BYTES // 512
 NULLB = "/sys/kernel/config/nullb"
 MEGABYTES = 256
-LATENCIES = {"0": 0, "100 us": 100_000, "5 ms": 5_000_000}
+LATENCIES = {"0": 0, "100 us": 100_000, "300 us": 300_000, "5 ms": 5_000_000}
 LOADS = (("randread", 1), ("randwrite", 1), ("randread", 16), ("randwrite", 16))
 Job = tuple[str, int]
 

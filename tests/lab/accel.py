@@ -16,11 +16,11 @@ from .paths import LabError, cache_dir, locked
 
 QEMU = "qemu-system-x86_64"
 TCG = ("-accel", "tcg,thread=multi,tb-size=128", "-cpu", "max")
-# The guest's clock counts instructions, one a nanosecond, and skips the time in which it is idle.
-COUNTED = (
-    *("-accel", "tcg,thread=single,tb-size=128", "-cpu", "max"),
-    *("-icount", "shift=0,sleep=off"),
-)
+_SINGLE = ("-accel", "tcg,thread=single,tb-size=128", "-cpu", "max")
+# The guest's clock counts instructions, one a nanosecond; idle time takes as long as it takes,
+COUNTED = (*_SINGLE, "-icount", "shift=0")
+# or is skipped until the next timer.
+SKIPPING = (*_SINGLE, "-icount", "shift=0,sleep=off")
 KVM = ("-accel", "kvm", "-cpu", "host")
 PROBE_SECONDS = 15
 
@@ -28,14 +28,15 @@ PROBE_SECONDS = 15
 def accelerator(image: Image) -> tuple[str, ...]:
     """Return QEMU's arguments for the fastest accelerator that boots ``image``'s kernel.
 
-    ``$DM_REMAP_LAB_ACCEL`` (``kvm`` or ``tcg``) decides without a probe. The probe's result
-    is kept in the cache for this machine, its kernel and its QEMU.
+    ``$DM_REMAP_LAB_ACCEL`` (``kvm``, ``tcg`` or ``counted``) decides without a probe. The probe's
+    result is kept in the cache for this machine, its kernel and its QEMU.
     """
     wanted = os.environ.get("DM_REMAP_LAB_ACCEL")
     if wanted:
-        if wanted not in ("kvm", "tcg"):
-            raise LabError(f"DM_REMAP_LAB_ACCEL={wanted}: give kvm or tcg")
-        return KVM if wanted == "kvm" else TCG
+        known = {"kvm": KVM, "tcg": TCG, "counted": COUNTED}
+        if wanted not in known:
+            raise LabError(f"DM_REMAP_LAB_ACCEL={wanted}: give one of {', '.join(known)}")
+        return known[wanted]
     if not os.access("/dev/kvm", os.R_OK | os.W_OK):
         return TCG
     path = cache_dir() / f"accel-{host_key()}"

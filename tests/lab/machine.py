@@ -24,7 +24,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from .accel import COUNTED, KVM, QEMU, accelerator
+from .accel import KVM, QEMU, SKIPPING, accelerator
 from .disk import AHCI_PORTS, SECTOR_BYTES, Disk, device, protocol_node, raw_node
 from .faults import Fault, rules, without
 from .image import READY, ROOT_LABEL, SUITES, Image, ensure_image
@@ -310,10 +310,10 @@ class Machine:
         name: the machine's name; None for a made-up one.
         detached: let the guest outlive this process, until close() or ``kill`` by hand.
         boot_seconds: how long a boot may take.
-        counted: let the guest's clock go on by a nanosecond with each instruction, and by all the
-            time in which it only waits for a timer. What it measures of its own processor and
-            timers is then independent of how busy this machine is; what it measures of its disks
-            means nothing.
+        skip_idle: let the guest's clock go on by a nanosecond with each instruction, and to the
+            next timer when it has nothing to do. What it measures of its own processor and timers
+            is then independent of how busy this machine is; what it measures of its disks means
+            nothing.
 
     Attributes:
         initrd: the initial RAM disk of the next start; None for the image's.
@@ -329,7 +329,7 @@ class Machine:
         name: str | None = None,
         detached: bool = False,
         boot_seconds: float = BOOT_SECONDS,
-        counted: bool = False,
+        skip_idle: bool = False,
     ) -> None:
         if image not in SUITES:
             raise LabError(f"no image called {image!r}: choose one of {', '.join(sorted(SUITES))}")
@@ -352,7 +352,7 @@ class Machine:
         self.forwards: dict[int, int | None] = {SSH_PORT: None, **(forwards or {})}
         self.detached = detached
         self.boot_seconds = boot_seconds
-        self.counted = counted
+        self.skip_idle = skip_idle
         self.initrd: Path | None = None
         self.machine_id = uuid.uuid4().hex
         self.process: Process | None = None
@@ -585,7 +585,7 @@ class Machine:
             f"fsck.mode=skip systemd.machine_id={self.machine_id} systemd.hostname={self.name}"
         )
         command = [QEMU, "-nodefaults", "-display", "none", "-S", "-machine", "pc"]
-        accel = COUNTED if self.counted else accelerator(image)
+        accel = SKIPPING if self.skip_idle else accelerator(image)
         cpus = self.cpus or (2 if accel == KVM else 1)
         command += [*accel, "-smp", str(cpus), "-m", str(self.memory_mb)]
         command += ["-kernel", str(image.kernel), "-initrd", str(self.initrd or image.initrd)]
@@ -915,7 +915,7 @@ class Machine:
             "cpus": self.cpus,
             "detached": self.detached,
             "boot_seconds": self.boot_seconds,
-            "counted": self.counted,
+            "skip_idle": self.skip_idle,
             "machine_id": self.machine_id,
             "sockets": str(self._sockets()),
             "forwards": self.forwards,
@@ -947,7 +947,7 @@ class Machine:
             name=name,
             detached=state["detached"],
             boot_seconds=state["boot_seconds"],
-            counted=state["counted"],
+            skip_idle=state["skip_idle"],
         )
         machine._image = Image(state["image"], Path(state["image_path"]))
         machine.machine_id = state["machine_id"]
