@@ -947,7 +947,7 @@ class Machine:
             name=name,
             detached=state["detached"],
             boot_seconds=state["boot_seconds"],
-            skip_idle=state["skip_idle"],
+            skip_idle=state.get("skip_idle", False),
         )
         machine._image = Image(state["image"], Path(state["image_path"]))
         machine.machine_id = state["machine_id"]
