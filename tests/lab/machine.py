@@ -533,7 +533,7 @@ class Machine:
             self._command(), self.directory, self.directory / "qemu.log", self.detached
         )
         self.save()
-        self._wait_for(begin, (self._sockets() / "qmp").exists, "QEMU's control socket")
+        self._wait_for(begin, self._qemu_is_ready, "QEMU's control socket")
         qmp = self.qmp()
         for disk in self.disks.values():
             if disk.faults:
@@ -545,6 +545,14 @@ class Machine:
         self._start_ssh_master()
         self.last_boot_seconds = time.monotonic() - begin
         self.save()
+
+    def _qemu_is_ready(self) -> bool:
+        # QEMU makes the socket a moment before it listens.
+        try:
+            self.qmp()
+        except LabError:
+            return False
+        return True
 
     def _wait_for(self, begin: float, condition: Callable[[], bool], what: str) -> None:
         process = self._require_running()
