@@ -98,7 +98,12 @@ def in_line(work: Callable[[], None]) -> Future[None]:
 def aside(work: Callable[[], None]) -> Future[None]:
     """Have work done by a thread of its own, which does not outlive the process; its end."""
     end: Future[None] = Future()
-    threading.Thread(target=_work, args=(work, end), name="reads", daemon=True).start()
+    thread = threading.Thread(target=_work, args=(work, end), name="reads", daemon=True)
+    try:
+        thread.start()
+    except RuntimeError:
+        # No memory is left for another thread.
+        _work(work, end)
     return end
 
 

@@ -31,6 +31,8 @@ from .reflex import Reflex, Reports, wake_up
 from .service import HEALER_SOCKET, notify
 from .tracing import REFLEX_INSTANCE, TraceInstance
 
+# A thread may have to be made while applications wait, and all of its stack is locked memory.
+_STACK_BYTES = 512 << 10
 # Any real-time priority is above all that has none.
 _PRIORITY = 10
 
@@ -143,6 +145,7 @@ def _come_first() -> None:
 
 def main() -> int:
     """Heal until SIGTERM or SIGINT; returns the exit status."""
+    threading.stack_size(_STACK_BYTES)
     with _logging(), wake_up() as (stop, wake):
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda _number, _frame: wake())

@@ -61,7 +61,7 @@ _WAKINGS = 4096
 
 # Everything but the chunk goes on, and the drive itself has tried before: quick retries suffice.
 # A physical block of 4 KiB that takes 7 s for each of its sectors is known in 63 s.
-PATIENCE = Patience(retries=4, backoff=0.005, budget=100.0, retrying=30.0)
+PATIENCE = Patience(retries=4, backoff=0.005, budget=100.0, retry_until=110.0)
 # For the time in which everything waits.
 HASTE_SECONDS = 0.25
 
@@ -307,12 +307,20 @@ class Reflex:
                     self.turn()
             finally:
                 self._trace.close()
-                for name in self._idle():
+                self._wake = lambda: None
+                for healing, _end in self._reading.values():
+                    # Its devices stay open, because they are being read.
+                    with contextlib.suppress(DmRemapError, OSError):
+                        healing.close()
+                for name, ward in self._idle().items():
+                    self._fail_known_flushes(ward)
                     self._dismiss(name)
 
     def turn(self) -> None:
         """Take in what failed, heal it, and see that no target stays without its path."""
         self.take(self._seen())
+        for ward in self._wards.values():
+            self._fail_known_flushes(ward)
         for name, (healing, end) in list(self._reading.items()):
             if end.done():
                 self._go_on(name, healing, end)
@@ -492,11 +500,6 @@ class Reflex:
 
     def _attending(self, name: str) -> Healing:
         """Heal a target, unless somebody else works on it: then the next turn does."""
-        # Not even somebody else may try a flush again that failed.
-        with contextlib.suppress(DmRemapError):
-            self._fail_flushes(self._wards[name])
-        if not self._wards[name].errors:
-            return
         with self._engine.try_locked(name) as locked:
             if not locked:
                 self._wards[name].close()
@@ -633,6 +636,14 @@ class Reflex:
             else:
                 self._engine.release(ward.target)
         ward.missed = False
+
+    def _fail_known_flushes(self, ward: Ward) -> None:
+        """Fail flushes that failed, before anything else: nobody else may try them again.
+
+        Should this process end, nobody would know of them.
+        """
+        with contextlib.suppress(DmRemapError):
+            self._fail_flushes(ward)
 
     def _fail_flushes(self, ward: Ward) -> bool:
         """Let held I/O fail if a flush did; whether one did.

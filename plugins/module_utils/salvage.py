@@ -51,21 +51,25 @@ class Patience:
             with blocks that were never tried is given up: not tried is not lost.
         slow: seconds from which on a failing read is slow. Its blocks are then read singly, because
             another failing read would take longer than many good ones.
-        retrying: seconds after which no retry is begun, should that be before the budget is spent.
+        retry_until: seconds in which all should be read that can be done without. No retry is begun
+            that does not leave the time to read each lost block once more, as `Salvage.read_again`
+            does, at the pace of the slowest failing read.
     """
 
     retries: int = 4
     backoff: float = 0.05
     budget: float = 600.0
     slow: float = 0.2
-    retrying: float = math.inf
+    retry_until: float = math.inf
 
     def __post_init__(self) -> None:
         # The comparison is this way round because no number is at least 0 or below it when NaN.
-        if not all(value >= 0 for value in (self.retries, self.budget, self.slow, self.retrying)):
+        if not all(
+            value >= 0 for value in (self.retries, self.budget, self.slow, self.retry_until)
+        ):
             raise Refused(
                 f"{self.retries} retries in {self.budget} seconds, of which {self.slow} are slow, "
-                f"and none after {self.retrying}, are not possible",
+                f"and all until {self.retry_until}, are not possible",
                 remedy="give 0 or more",
             )
 
@@ -271,6 +275,7 @@ class _Reading:
         self._pause = pause
         self._progress = progress
         self._begun = clock()
+        self._slowest = 0.0
         # The caller may have taken blocks from elsewhere since.
         self._ladder = Ladder(
             keep_only(result.pending, lambda b: result.outcomes[b] is Outcome.NOT_TRIED)
@@ -329,9 +334,11 @@ class _Reading:
         result = self._result
         size = result.block_sectors
         result.reads += 1
+        before = self._clock()
         try:
             data = self._device.read(result.sector + first * size, blocks * size)
         except OSError as error:
+            self._slowest = max(self._slowest, self._clock() - before)
             if error.errno not in MEDIUM_ERRORS:
                 raise self._unfinished(
                     f"fails with {error.strerror}, which is not a bad block",
@@ -370,7 +377,9 @@ class _Reading:
         return self._limits.budget - (self._clock() - self._begun)
 
     def _left_for_retries(self) -> float:
-        return min(self._limits.budget, self._limits.retrying) - (self._clock() - self._begun)
+        reserve = self._slowest * self._result.outcomes.count(Outcome.LOST)
+        until = min(self._limits.budget, self._limits.retry_until - reserve)
+        return until - (self._clock() - self._begun)
 
     def _sectors(self) -> int:
         return len(self._result.outcomes) * self._result.block_sectors

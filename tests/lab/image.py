@@ -98,8 +98,9 @@ ExecStart=ip route replace default via 10.0.2.2
 WantedBy=multi-user.target
 """
 
-# Told on the console when SSH and the network are up. To ask for SSH itself again and again would
-# keep a slow guest busy with answering.
+# Told on the console when SSH and the network are up, by the kernel, because the terminal is hung
+# up when somebody is logged in on it. To ask for SSH itself again and again would keep a slow guest
+# busy with answering.
 READY = "lab: ready for ssh"
 READY_UNIT = f"""\
 [Unit]
@@ -109,7 +110,7 @@ Requires=ssh.service lab-network.service
 [Service]
 Type=oneshot
 RemainAfterExit=yes
-ExecStart=/bin/sh -c 'echo "{READY}" > /dev/ttyS0'
+ExecStart=/bin/sh -c 'echo "<2>{READY}" > /dev/kmsg'
 [Install]
 WantedBy=multi-user.target
 """

@@ -1233,6 +1233,7 @@ class OpenDevice:
         self.sectors = device.sectors
         self.block = block_of(kernel, self._devno)
         self.logical_block = self.block * SECTOR
+        self._closed = False
         self._held = device if isinstance(device, Mapped) else None
         if self._held:
             self._held.handles += 1
@@ -1261,6 +1262,7 @@ class OpenDevice:
         if self._held and self._process.alive:
             self._held.handles -= 1
         self._held = None
+        self._closed = True
 
     def __enter__(self) -> OpenDevice:
         return self
@@ -1269,6 +1271,7 @@ class OpenDevice:
         self.close()
 
     def _check(self, sector: int, count: int) -> None:
+        assert not self._closed, f"{self.name} was closed"
         if sector % self.block or count % self.block:
             raise ValueError(f"{self.name}: {sector}+{count} are not whole blocks")
 

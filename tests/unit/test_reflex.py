@@ -56,7 +56,8 @@ class Trace:
         self.pipe = -1
 
     def open(self) -> int:
-        self.pipe = os.open(os.devnull, os.O_RDONLY)
+        # Nothing is ever written to it, so that only what a test does wakes the reflex.
+        self.pipe, self.end = os.pipe()
         return self.pipe
 
     def read(self) -> list[str]:
@@ -65,6 +66,7 @@ class Trace:
 
     def close(self) -> None:
         os.close(self.pipe)
+        os.close(self.end)
 
 
 @dataclass
@@ -1367,7 +1369,7 @@ def test_reads_beside_each_other_end_in_any_order(tmp_path: Path, seed: int) -> 
     first = held_scene(tmp_path)
     second, later = with_second(first), Later()
     kernel = first.kernel
-    healer = Healer(first, haste=chance.choice([0.0, 60.0]), aside=later)
+    healer = Healer(first, haste=0.0, aside=later)
     asked: dict[int, int] = {}
     for scene in (first, second):
         scene.main.spoil(chance.sample(range(SECTORS), 12), failures=chance.randrange(1, 4))
@@ -1380,10 +1382,12 @@ def test_reads_beside_each_other_end_in_any_order(tmp_path: Path, seed: int) -> 
             later.do(chance.randrange(len(later.works)))
         else:
             healer.turn(seconds=chance.choice([0.001, 0.02, 1.5]))
-    while kernel.waiting() or kernel.trace or later.works:
-        while later.works:
+    for _step in range(1000):
+        if later.works:
             later.do(chance.randrange(len(later.works)))
         healer.turn()
+        if not (kernel.waiting() or kernel.trace or later.works):
+            break
     assert asked
     for number, sector in asked.items():
         assert kernel.answers[number] == data_of(sector, CHUNK)
@@ -1448,7 +1452,14 @@ def test_the_end_of_reads_wakes_the_reflex(target: Scene) -> None:
 
     target.main.on_read = wait
     asked: list[int] = []
+    rescued: list[bool] = []
     with wake_up() as (stop, wake):
+
+        def rescue() -> None:
+            rescued.append(True)
+            wake()
+
+        watchdog = threading.Timer(60, rescue)
 
         def pause() -> float:
             if not healer.reflex._reading and slow not in target.kernel.completed:
@@ -1457,16 +1468,76 @@ def test_the_end_of_reads_wakes_the_reflex(target: Scene) -> None:
                 second.main.spoil([50], failures=3)
                 asked.append(target.kernel.submit_read(SECOND, 50, 1))
                 return 0.0
-            if asked[0] in target.kernel.completed:
-                healed.set()
             if slow in target.kernel.completed:
                 wake()
-            # Longer than the test may take: only the end of the reads ends it.
-            return 60.0 if healed.is_set() else 0.0
+                return 0.0
+            if asked[0] in target.kernel.completed and not healed.is_set():
+                watchdog.start()
+                healed.set()
+            # Only the end of the reads ends the wait.
+            return 3600.0 if healed.is_set() else 0.0
 
         healer.reflex._pause = pause
         healer.reflex.run(stop)
+    watchdog.cancel()
+    assert not rescued
     target.main.on_read = None
     assert target.kernel.answers[asked[0]] == data_of(50, 1)
     assert target.kernel.answers[slow] == data_of(41, 1)
     target.check()
+
+
+def test_nothing_touches_a_target_that_is_being_read(target: Scene) -> None:
+    """For so long that each look at all targets has come by, with and without errors of it."""
+    later = Later()
+    healer = Healer(target, haste=0.0, aside=later)
+    target.spoil(41, failures=3)
+    number = target.kernel.submit_read(NAME, 41, 1)
+    healer.turn(3)
+    healer.turn(20, seconds=1.5)
+    later.do()
+    healer.settle()
+    assert target.kernel.answers[number] == data_of(41, 1)
+    assert healer.kinds() == ["healing", "healed"]
+    target.check()
+
+
+@pytest.mark.parametrize("end", ["killed", "stopped", "healed"])
+def test_a_flush_that_fails_while_its_target_is_read_fails(target: Scene, end: str) -> None:
+    """At once, because whoever comes after this process would not know of it."""
+    later = Later()
+    process = Process(target.kernel)
+    healer = Healer(target, target.engine(process), haste=0.0, aside=later)
+    target.spoil(41, failures=3)
+    number = target.kernel.submit_read(NAME, 41, 1)
+    healer.turn(3)
+    assert len(later.works) == 1
+    target.main.flush_fails = True
+    flush = target.kernel.submit_flush(NAME)
+    target.main.flush_fails = False
+    healer.turn()
+    assert flush in target.kernel.failed
+    if end == "killed":
+        process.kill()
+        for healing, _read in healer.reflex._reading.values():
+            with contextlib.suppress(Killed):
+                healing.close()
+        healer = Healer(target, haste=0.0)
+    else:
+        later.do()
+        if end == "stopped":
+            healer.reflex._finish()
+            healer = Healer(target, haste=0.0)
+    healer.settle()
+    assert target.kernel.answers[number] == data_of(41, 1)
+    target.check()
+
+
+def test_a_thread_that_cannot_be_made_delays_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    def start(thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(threading.Thread, "start", start)
+    done: list[bool] = []
+    assert aside(lambda: done.append(True)).done()
+    assert done == [True]

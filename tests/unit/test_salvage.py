@@ -450,12 +450,20 @@ def test_other_errors_are_not_about_a_block(code: int) -> None:
 
 def test_no_retry_is_begun_after_its_time_but_every_block_is_tried() -> None:
     disk = Disk({BEGIN + 3: None}, failing_seconds=7.0)
-    result = run(disk, 8, 1, Patience(retries=9, backoff=0, budget=100.0, retrying=30.0))
+    result = run(disk, 8, 1, Patience(retries=9, backoff=0, budget=100.0, retry_until=30.0))
     assert result.lost == [(BEGIN + 3, 1)]
-    # The whole, the block, and retries that begin at 14, 21 and 28 seconds.
-    assert disk.failed == [(BEGIN, 8)] + [(BEGIN + 3, 1)] * 4
-    result = run(Disk({BEGIN: None}, failing_seconds=7.0), 8, 1, Patience(4, 0, retrying=0.0))
+    # The whole, the block, and retries that begin at 14 and 21 seconds; 7 are for another read.
+    assert disk.failed == [(BEGIN, 8)] + [(BEGIN + 3, 1)] * 3
+    result = run(Disk({BEGIN: None}, failing_seconds=7.0), 8, 1, Patience(4, 0, retry_until=0.0))
     assert result.failures == {0: 1}
+
+
+@pytest.mark.parametrize("bad", [1, 2, 4])
+def test_the_reflex_retries_where_a_slow_disk_leaves_the_time(bad: int) -> None:
+    disk = Disk({BEGIN + index: 1 + 2 for index in range(bad)}, failing_seconds=7.0)
+    result = run(disk, 128, 1, replace(PATIENCE, backoff=0))
+    assert not result.lost
+    assert disk.time < FREEZE_SECONDS
 
 
 @pytest.mark.parametrize("bad", [1, 8])
@@ -486,8 +494,8 @@ def test_the_reflex_has_the_time_for_a_slow_physical_block(first: int, bad: int)
         {"budget": float("nan")},
         {"slow": -0.1},
         {"slow": float("nan")},
-        {"retrying": -0.1},
-        {"retrying": float("nan")},
+        {"retry_until": -0.1},
+        {"retry_until": float("nan")},
     ],
     ids=str,
 )
