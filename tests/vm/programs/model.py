@@ -204,7 +204,7 @@ given = arguments()
 for module in ("dm-multipath", "dm-round-robin", "dm-delay", "dm-integrity"):
     subprocess.run(["modprobe", module], check=True)
 # After every change of a device udev would read it, and so fail paths and use up delays.
-subprocess.run(["udevadm", "control", "--stop-exec-queue"], check=True)
+subprocess.run(["udevadm", "control", "--timeout=300", "--stop-exec-queue"], check=True)
 found = []
 try:
     for scenario in given["scenarios"]:
@@ -212,5 +212,5 @@ try:
             zero(path, given["sectors"])
         found.append(observe(scenario))
 finally:
-    subprocess.run(["udevadm", "control", "--start-exec-queue"], check=True)
+    subprocess.run(["udevadm", "control", "--timeout=300", "--start-exec-queue"], check=True)
 answer(found)
