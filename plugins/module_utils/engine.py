@@ -643,33 +643,18 @@ class Engine(Observer):
         """Open main, or a spare's integrity device by its index, for reading."""
         return self._opener.open_part(target, spare)
 
-    def move(
-        self,
-        target: ActiveTarget,
-        disks: Disks,
-        chunks: Sequence[int],
-        patience: Patience,
-        events: Any = None,
-        wanted: Wanted = all_of_them,
-        release: Callable[[], None] | None = None,
-        route: Route = TO_SPARES,
-    ) -> Moved:
-        """Move chunks from where they are to spares or to main; see `Mover.move`."""
-        return self._mover.move(target, disks, chunks, patience, events, wanted, release, route)
-
     def moving(
         self,
         target: ActiveTarget,
         disks: Disks,
         chunks: Sequence[int],
         patience: Patience,
-        events: Any = None,
         wanted: Wanted = all_of_them,
         release: Callable[[], None] | None = None,
         route: Route = TO_SPARES,
     ) -> Steps:
         """Move chunks, and stop while they are to be read; see `Mover.moving`."""
-        return self._mover.moving(target, disks, chunks, patience, events, wanted, release, route)
+        return self._mover.moving(target, disks, chunks, patience, None, wanted, release, route)
 
     def move_held(
         self,

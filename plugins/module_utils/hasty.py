@@ -91,23 +91,24 @@ class HastyReader:
 def in_line(work: Callable[[], None]) -> Future[None]:
     """Do work at once; its end."""
     end: Future[None] = Future()
-    _work(work, end)
+    carry_out(work, end)
     return end
 
 
 def aside(work: Callable[[], None]) -> Future[None]:
     """Have work done by a thread of its own, which does not outlive the process; its end."""
     end: Future[None] = Future()
-    thread = threading.Thread(target=_work, args=(work, end), name="reads", daemon=True)
+    thread = threading.Thread(target=carry_out, args=(work, end), name="reads", daemon=True)
     try:
         thread.start()
     except RuntimeError:
         # No memory is left for another thread.
-        _work(work, end)
+        carry_out(work, end)
     return end
 
 
-def _work(work: Callable[[], None], end: Future[None]) -> None:
+def carry_out(work: Callable[[], None], end: Future[None]) -> None:
+    """Do work and note its end."""
     try:
         work()
     except BaseException as error:

@@ -96,13 +96,29 @@ class Mover:
         chunks: Sequence[int],
         patience: Patience,
         events: Any = None,
+        route: Route = TO_SPARES,
+    ) -> Moved:
+        """Move chunks as `moving` does, without a stop."""
+        return at_once(self.moving(target, disks, chunks, patience, events, route=route))
+
+    def moving(
+        self,
+        target: ActiveTarget,
+        disks: Disks,
+        chunks: Sequence[int],
+        patience: Patience,
+        events: Any = None,
         wanted: Wanted = all_of_them,
         release: Callable[[], None] | None = None,
         route: Route = TO_SPARES,
-    ) -> Moved:
+    ) -> Steps:
         """Move chunks from where they are to spares or to main; the caller holds the lock.
 
         Held I/O goes on as soon as the chunks are frozen, that to the chunks when they are moved.
+
+        It stops while the chunks are frozen and are to be read. What it gives then may be called by
+        any thread, and its error must be thrown in: reading can take minutes, and does nothing with
+        device-mapper.
 
         Args:
             target: the target, of whose chunks none is frozen.
@@ -116,24 +132,6 @@ class Mover:
 
         Raises:
             DmRemapError: a step failed; the chunks are where the metadata says.
-        """
-        return at_once(self.moving(target, disks, chunks, patience, events, wanted, release, route))
-
-    def moving(
-        self,
-        target: ActiveTarget,
-        disks: Disks,
-        chunks: Sequence[int],
-        patience: Patience,
-        events: Any = None,
-        wanted: Wanted = all_of_them,
-        release: Callable[[], None] | None = None,
-        route: Route = TO_SPARES,
-    ) -> Steps:
-        """Move chunks as `move` does, but stop while the chunks are frozen and are to be read.
-
-        What it gives then may be called by any thread, and its error must be thrown in. Reading can
-        take minutes, and does nothing with device-mapper.
         """
         begun = time.monotonic()
         attempted: set[int] = set()
@@ -170,7 +168,8 @@ class Mover:
         """Move chunks of a target whose path has failed, so that all of its I/O waits anyway.
 
         Takes a single swap, but keeps everything waiting, so ``patience`` should be short. The
-        arguments and errors are those of `move`; the caller has made sure that the path is failed.
+        arguments and errors are those of `moving`; the caller has made sure that the path has
+        failed.
         """
         begun = time.monotonic()
         attempted: set[int] = set()

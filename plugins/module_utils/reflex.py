@@ -595,9 +595,7 @@ class Reflex:
                 ward.hasty.close()
                 ward.hasty, ward.slow_until = None, now + _SLOW_SECONDS
         return (
-            yield from self._engine.moving(
-                target, disks, chunks, self._patience, None, wanted, release
-            )
+            yield from self._engine.moving(target, disks, chunks, self._patience, wanted, release)
         )
 
     def _answers(self, ward: Ward, errors: Sequence[BlockError]) -> bool:

@@ -27,6 +27,7 @@ from dm_remap.engine import Engine
 from dm_remap.errors import DmRemapError, Refused, StaleGeneration
 from dm_remap.format import geometry_of, minimum_spare_sectors
 from dm_remap.moved import Moved, RemapReport
+from dm_remap.moving import at_once
 from dm_remap.placing import Route
 from dm_remap.plan import Plan
 from dm_remap.plan_remap import plan_remap
@@ -175,7 +176,8 @@ class Scene:
             for chunk in range(extent.logical, extent.logical + extent.length)
         ]
         with used.opened(target) as disks:
-            return used.move(target, disks, chunks, QUICK, route=Route(avoid=frozenset({index})))
+            route = Route(avoid=frozenset({index}))
+            return at_once(used.moving(target, disks, chunks, QUICK, route=route))
 
     def read(self, sector: int) -> bytes | None:
         try:

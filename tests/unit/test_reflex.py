@@ -26,7 +26,8 @@ from dm_remap import copies, tracing
 from dm_remap.engine import Engine
 from dm_remap.errors import DmRemapError
 from dm_remap.format import geometry_of
-from dm_remap.hasty import aside, in_line
+from dm_remap.hasty import aside, carry_out, in_line
+from dm_remap.moving import at_once
 from dm_remap.placing import Route
 from dm_remap.plan_spares import SpareRequest, plan_spare_absent
 from dm_remap.probing import DeviceState
@@ -533,7 +534,7 @@ def spared_scene(folder: Path, spares: int) -> Scene:
         target = engine.require(NAME)
         route = Route(avoid=frozenset({0, 1} - {spare}))
         with engine.opened(target) as disks:
-            engine.move(target, disks, chunks, QUICK, route=route)
+            at_once(engine.moving(target, disks, chunks, QUICK, route=route))
     return scene
 
 
@@ -1298,13 +1299,17 @@ class Later:
         return end
 
     def do(self, index: int = 0) -> None:
-        work, end = self.works.pop(index)
-        try:
-            work()
-        except BaseException as error:
-            end.set_exception(error)
-        else:
-            end.set_result(None)
+        carry_out(*self.works.pop(index))
+
+
+def hold_reads(scene: Scene, until: threading.Event) -> None:
+    """Keep the thread that reads the main waiting."""
+
+    def wait(_sector: int, _count: int) -> None:
+        if threading.current_thread().name == "reads":
+            assert until.wait(60), "it would wait for ever"
+
+    scene.main.on_read = wait
 
 
 def with_second(scene: Scene) -> Scene:
@@ -1417,12 +1422,7 @@ def test_the_reflex_ends_what_it_began_before_it_stops(target: Scene) -> None:
     target.spoil(41, failures=3)
     number = target.kernel.submit_read(NAME, 41, 1)
     stopped = threading.Event()
-
-    def wait(_sector: int, _count: int) -> None:
-        if threading.current_thread().name == "reads":
-            assert stopped.wait(60)
-
-    target.main.on_read = wait
+    hold_reads(target, stopped)
     with wake_up() as (stop, wake):
 
         def pause() -> float:
@@ -1445,12 +1445,7 @@ def test_the_end_of_reads_wakes_the_reflex(target: Scene) -> None:
     target.spoil(41, failures=3)
     slow = target.kernel.submit_read(NAME, 41, 1)
     healed = threading.Event()
-
-    def wait(_sector: int, _count: int) -> None:
-        if threading.current_thread().name == "reads":
-            assert healed.wait(60), "the other target is healed meanwhile"
-
-    target.main.on_read = wait
+    hold_reads(target, healed)
     asked: list[int] = []
     rescued: list[bool] = []
     with wake_up() as (stop, wake):

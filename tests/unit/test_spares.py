@@ -18,6 +18,7 @@ from dm_remap.engine import Engine
 from dm_remap.errors import DmRemapError, Refused
 from dm_remap.format import geometry_of, minimum_spare_sectors
 from dm_remap.moved import RemappedChunk
+from dm_remap.moving import at_once
 from dm_remap.plan import Plan
 from dm_remap.plan_remap import choose_places, with_moves
 from dm_remap.plan_spares import SpareRequest, plan_spare_absent, plan_spare_present
@@ -614,7 +615,7 @@ def test_one_engine_goes_on_without_a_spare_that_was_left_out(tmp_path: Path) ->
     with engine.opened(target) as disks:
         broken.unwritable = set(range(16384)) | set(range(20000, broken.sectors))
         for chunk in (5, 10, 12):
-            moved = engine.move(target, disks, [chunk], Patience())
+            moved = at_once(engine.moving(target, disks, [chunk], Patience()))
             assert list(moved.left_out) == ([1] if broken.unwritable else [])
             choice = replace(target.choice, metadata=moved.metadata)
             target = replace(target, choice=choice, table=())
